@@ -1,0 +1,29 @@
+"""`[draft]`: which drafter, and how it is trained beside the policy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class DraftConfig:
+    """Settings of the EAGLE-3 draft and of its online training.
+
+    The path of an existing draft is `rollout.speculative_draft_model_path` (SGLang's spelling); without one
+    the draft starts from random weights.
+    """
+
+    train: bool = True
+    aux_layer_ids: tuple[int, ...] = ()  # () = three distinct layers: second, middle, fourth from the top
+    draft_vocab_size: int = 0  # 0 = the target's whole vocabulary (needed for the rejection rule in SGLang)
+    intermediate_size: int = 0  # 0 = the target's
+    unroll: int = 3  # training-time-test steps (EAGLE-3)
+    step_decay: float = 0.8  # weight of unroll step j is step_decay ** j
+    lr: float = 1e-3
+    weight_decay: float = 0.0
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.95
+    clip_grad: float = 0.5
+    updates_per_step: int = 1  # optimizer steps per rollout, each on its own part of the captured samples
+    max_tokens_per_update: int = 4096  # padded tokens of one optimizer step; the rest of the samples is left out
+    capture_max_bytes: int = 2 << 30  # hidden states and logits kept at once; above it samples are dropped, and counted

@@ -1,0 +1,32 @@
+"""`[rollout]`: the engine, its memory, its sampling and its speculation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class RolloutConfig:
+    """Speculative keys carry SGLang's flag names. `verify_rule` applies at temperature > 0; at 0 it is greedy."""
+
+    engine: str = "torch"
+    max_running_requests: int = 32  # KV slots
+    context_length: int = 0  # prompt + response; 0 = the checkpoint's max_position_embeddings
+    dtype: str = "float32"
+    device: str = "auto"  # auto = cuda when there is one
+    batch_invariant: bool = False  # fixed row tiles and KV-block order: bitwise equal whatever the batch
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    max_response_len: int = 128
+    stop: tuple[str, ...] = ()
+    speculative_algorithm: str = "EAGLE3"  # EAGLE3 | NGRAM | NONE
+    speculative_num_steps: int = 3  # k, the depth of the draft chain
+    speculative_eagle_topk: int = 1
+    speculative_num_draft_tokens: int = 0  # 0 = num_steps + 1, the only value for topk 1
+    speculative_draft_model_path: str = ""
+    verify_rule: str = "rejection"  # rejection | target_only | coupled
+    controller: str = "adaptive"  # adaptive: depth 0..k by measured cost; fixed: always k
+    cost_table: str = ""  # JSON file of measured step costs; "" = measure at start
+    ngram_min_match: int = 2
+    ngram_max_match: int = 8

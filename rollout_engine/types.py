@@ -1,0 +1,137 @@
+"""What goes into an engine and what comes out. Frozen; changed only by `dataclasses.replace`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from sync.receiver import WeightReceiver
+
+
+class EngineError(RuntimeError):
+    """The engine cannot serve this: one line saying what, where and how to mend it."""
+
+
+class FinishReason(StrEnum):
+    STOP = "stop"  # a stop id or a stop string
+    LENGTH = "length"  # max_new_tokens or the context is used up
+    ABORT = "abort"
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How one request is sampled. `temperature == 0` is greedy."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0  # 0 = off
+    max_new_tokens: int = 128
+    seed: int = 0  # 63-bit; with the position it determines every random number of the request
+    stop_token_ids: tuple[int, ...] = ()
+    stop: tuple[str, ...] = ()  # stop strings; the tokens that complete one are kept
+
+
+@dataclass(frozen=True, slots=True)
+class RolloutRequest:
+    prompt_id: int
+    sample_id: int
+    prompt_ids: tuple[int, ...]
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+
+    @property
+    def key(self) -> tuple[int, int]:
+        return (self.prompt_id, self.sample_id)
+
+
+@dataclass(frozen=True, slots=True)
+class SpecStats:
+    """Sums over decode forwards, so that means are token-weighted. The token sampled from the prefill is not in it.
+
+    `accepted_histogram[n]` counts verify steps with n accepted drafts; a forward without a proposal is in
+    `num_decode_steps` only. Position j of the tuples is the j-th draft token of a verify step.
+    """
+
+    num_decode_steps: int = 0  # target forwards after the prefill, with or without a proposal
+    num_verify_steps: int = 0  # those with at least one proposed token
+    accepted_histogram: tuple[int, ...] = ()
+    proposed_by_position: tuple[int, ...] = ()
+    accepted_by_position: tuple[int, ...] = ()
+
+    @property
+    def num_proposed(self) -> int:
+        return sum(self.proposed_by_position)
+
+    @property
+    def num_accepted(self) -> int:
+        return sum(self.accepted_by_position)
+
+    @property
+    def accept_length(self) -> float:
+        """Tokens per verify step, bonus token included; 1.0 when nothing was ever proposed."""
+        if self.num_verify_steps == 0:
+            return 1.0
+        return (self.num_accepted + self.num_verify_steps) / self.num_verify_steps
+
+    @property
+    def tokens_per_forward(self) -> float:
+        """Tokens per target decode forward, steps without a proposal included; 1.0 without any forward."""
+        if self.num_decode_steps == 0:
+            return 1.0
+        return (self.num_accepted + self.num_decode_steps) / self.num_decode_steps
+
+    def __add__(self, other: SpecStats) -> SpecStats:
+        return SpecStats(
+            self.num_decode_steps + other.num_decode_steps,
+            self.num_verify_steps + other.num_verify_steps,
+            _add(self.accepted_histogram, other.accepted_histogram),
+            _add(self.proposed_by_position, other.proposed_by_position),
+            _add(self.accepted_by_position, other.accepted_by_position),
+        )
+
+
+def _add(a: tuple[int, ...], b: tuple[int, ...]) -> tuple[int, ...]:
+    short, long = sorted((a, b), key=len)
+    return tuple(x + y for x, y in zip(short, long, strict=False)) + long[len(short) :]
+
+
+@dataclass(frozen=True, slots=True)
+class VersionSpan:
+    """Response tokens [start, end) were sampled under policy (and draft) `version`."""
+
+    start: int
+    end: int
+    version: int
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One finished (or aborted) request.
+
+    `logprobs[i]` is log_softmax(policy logits / T) of `token_ids[i]` at the rollout's T, before top-k/top-p
+    (T = 1 for greedy): SGLang's definition, and what the policy loss differentiates.
+    """
+
+    request: RolloutRequest
+    token_ids: tuple[int, ...]  # [R] response, stop token included
+    logprobs: tuple[float, ...]  # [R]
+    policy_versions: tuple[VersionSpan, ...]
+    finish_reason: FinishReason
+    spec: SpecStats = field(default_factory=SpecStats)
+    reward: float | None = None
+    advantage: float | None = None
+
+
+class RolloutEngine(Protocol):
+    """Requests in, samples out as they finish."""
+
+    @property
+    def receiver(self) -> WeightReceiver: ...
+
+    def generate(self, requests: Iterable[RolloutRequest]) -> Iterator[Sample]: ...
+
+    def abort(self, keys: Iterable[tuple[int, int]] | None = None) -> None: ...
+
+    def close(self) -> None: ...
