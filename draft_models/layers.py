@@ -58,14 +58,18 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 
 @dataclass(frozen=True, slots=True)
 class RopeTable:
-    """cos and sin for every position, [max_positions, D], in the Hugging Face rotate-half layout."""
+    """cos and sin for every position, [max_positions, D], in the Hugging Face rotate-half layout.
+
+    The first half of `signed_sin` is negated, so that rotating is x * cos + swap_halves(x) * signed_sin.
+    """
 
     cos: torch.Tensor
-    sin: torch.Tensor
+    signed_sin: torch.Tensor
 
     def at(self, positions_BM: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(cos, sin), each [B, M, 1, D], for `apply_rope`."""
-        return F.embedding(positions_BM, self.cos).unsqueeze(2), F.embedding(positions_BM, self.sin).unsqueeze(2)
+        """(cos, signed sin), each [B, M, 1, D], for `apply_rope`."""
+        cos, sin = F.embedding(positions_BM, self.cos), F.embedding(positions_BM, self.signed_sin)
+        return cos.unsqueeze(2), sin.unsqueeze(2)
 
 
 def inverse_frequencies(theta: float, head_dim: int, scaling: Mapping[str, Any] | None = None) -> torch.Tensor:
@@ -105,14 +109,14 @@ def rope_table(
 ) -> RopeTable:
     """Angles are taken in float32, as Transformers does, then stored in `dtype`."""
     angles = torch.outer(torch.arange(max_positions).float(), inv_freq.float())
-    angles = torch.cat((angles, angles), dim=-1)
-    return RopeTable(angles.cos().to(device, dtype), angles.sin().to(device, dtype))
+    cos = torch.cat((angles.cos(), angles.cos()), dim=-1)
+    signed_sin = torch.cat((-angles.sin(), angles.sin()), dim=-1)
+    return RopeTable(cos.to(device, dtype), signed_sin.to(device, dtype))
 
 
-def apply_rope(x_BMHD: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate heads; cos and sin from `RopeTable.at`."""
-    first, second = x_BMHD.chunk(2, dim=-1)
-    return x_BMHD * cos + torch.cat((-second, first), dim=-1) * sin
+def apply_rope(x_BMHD: torch.Tensor, cos: torch.Tensor, signed_sin: torch.Tensor) -> torch.Tensor:
+    """Rotate heads; cos and signed sin from `RopeTable.at`."""
+    return x_BMHD * cos + x_BMHD.roll(x_BMHD.shape[-1] // 2, -1) * signed_sin
 
 
 # ---------------------------------------------------------------- fast
