@@ -60,15 +60,15 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 class RopeTable:
     """cos and sin for every position, [max_positions, D], in the Hugging Face rotate-half layout.
 
-    The first half of `signed_sin` is negated, so that rotating is x * cos + swap_halves(x) * signed_sin.
+    The first half of `sin` is negated, so that rotating is x * cos + swap_halves(x) * sin.
     """
 
     cos: torch.Tensor
-    signed_sin: torch.Tensor
+    sin: torch.Tensor  # its first half negated
 
     def at(self, positions_BM: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(cos, signed sin), each [B, M, 1, D], for `apply_rope`."""
-        cos, sin = F.embedding(positions_BM, self.cos), F.embedding(positions_BM, self.signed_sin)
+        cos, sin = F.embedding(positions_BM, self.cos), F.embedding(positions_BM, self.sin)
         return cos.unsqueeze(2), sin.unsqueeze(2)
 
 
