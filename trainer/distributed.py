@@ -1,0 +1,47 @@
+"""torch.distributed: one way to start it, with and without torchrun, and agreement on errors."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+import torch.distributed as dist
+
+
+def init_distributed() -> torch.device:
+    """Starts the default process group and returns this rank's device. Starting it twice is harmless.
+
+    Under torchrun (RANK in the environment) it joins the others; otherwise the process is a world of one, which
+    needs no environment. Gloo on the CPU; with CUDA also NCCL, on device LOCAL_RANK.
+    """
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+        if "RANK" in os.environ:
+            dist.init_process_group(backend)
+        else:
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    return device
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def first_message(message: str | None) -> str | None:
+    """The message of the lowest rank that has one, on every rank. Collective.
+
+    Lets all ranks raise the same error together: a rank that raised alone would leave the others waiting for it.
+    """
+    if world_size() == 1:
+        return message
+    messages: list[str | None] = [None] * world_size()
+    dist.all_gather_object(messages, message)
+    return next((m for m in messages if m is not None), None)

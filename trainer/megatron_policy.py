@@ -1,0 +1,656 @@
+"""The policy: a Megatron-core GPTModel with Megatron's DDP, optimizer, scheduler and pipeline schedule.
+
+The one file that imports Megatron. Every rank runs the same calls with the same samples (SPMD).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import math
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial, wraps
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from draft_models.types import DraftSample
+from rollout_engine.types import Sample
+from trainer import distributed, losses, megatron_names, optimizer_resume, packing
+from trainer.config import AlgorithmConfig, ConfigError, PolicyConfig
+from trainer.hf_files import HFWeights, read_config, write_checkpoint
+from trainer.megatron_cpu import cuda_as_cpu
+from trainer.megatron_layers import PackedCausalAttention, RMSNorm
+from trainer.policy_batch import (
+    MAX_NAMES,
+    SUM_NAMES,
+    MicroBatch,
+    Report,
+    empty_report,
+    make_micro_batch,
+    policy_loss,
+    sequence_length,
+)
+from trainer.policy_capture import (
+    EMBEDS,
+    CaptureSpec,
+    StageRecorder,
+    aux_name,
+    choose_captured,
+    draft_sample_bytes,
+)
+from trainer.vocab_parallel import log_probs_and_entropy
+
+with cuda_as_cpu(), warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # each missing CUDA extension is announced; none is used
+    import megatron.core.jit
+
+    megatron.core.jit.disable_jit_fuser()  # before the rest: compiling the fusions costs seconds and a compiler
+    from megatron.core import dist_checkpointing
+    from megatron.core import parallel_state as mpu
+    from megatron.core.distributed import (
+        DistributedDataParallel,
+        DistributedDataParallelConfig,
+        finalize_model_grads,
+    )
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer, get_standard_config_overrides
+    from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+    from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+    from megatron.core.packed_seq_params import PackedSeqParams
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+    from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+    from megatron.core.transformer.transformer_config import TransformerConfig
+    from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class PolicyUpdateError(RuntimeError):
+    """A step was refused (loss or gradient not finite); parameters and optimizer state are those before it."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class PolicyUpdate:
+    """Result of one update. `draft_samples` exist on last-stage ranks only: this data-parallel rank's samples."""
+
+    metrics: dict[str, float]  # the same on every rank
+    draft_samples: list[DraftSample]
+
+
+def _megatron_runs(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Marks a method that runs Megatron code; see `megatron_cpu`."""
+
+    @wraps(method)
+    def inside(*args: Any, **kwargs: Any) -> Any:
+        with cuda_as_cpu():
+            return method(*args, **kwargs)
+
+    return inside
+
+
+def _init_model_parallel(config: PolicyConfig) -> None:
+    tp, pp = config.tensor_model_parallel_size, config.pipeline_model_parallel_size
+    world = distributed.world_size()
+    if world % (tp * pp):
+        raise ConfigError(
+            f"policy: {world} ranks cannot be cut into tensor_model_parallel_size = {tp} x "
+            f"pipeline_model_parallel_size = {pp}; start a multiple of {tp * pp} ranks"
+        )
+    if mpu.is_initialized():
+        mpu.destroy_model_parallel()
+    mpu.initialize_model_parallel(tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp)
+    # Megatron's layers ask for this tracker; without dropout nothing is drawn from it
+    model_parallel_cuda_manual_seed(0, inference_rng_tracker=True, force_reset_rng=True)
+
+
+def _transformer_config(config: PolicyConfig, hf_config: Mapping[str, Any]) -> TransformerConfig:
+    """From the checkpoint, the `[policy]` table and, on top, `[policy.megatron]`."""
+    dtype = _DTYPES[config.dtype]
+    pp = config.pipeline_model_parallel_size
+    owned = megatron_names.transformer_settings(hf_config) | {
+        "params_dtype": dtype,
+        "pipeline_dtype": dtype,
+        "bf16": dtype == torch.bfloat16,
+        "tensor_model_parallel_size": config.tensor_model_parallel_size,
+        "pipeline_model_parallel_size": pp,
+        "sequence_parallel": config.sequence_parallel and config.tensor_model_parallel_size > 1,
+        "calculate_per_token_loss": True,  # the loss is a sum; finalize_model_grads divides by the global token count
+        "finalize_model_grads_func": finalize_model_grads,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "variable_seq_lengths": pp > 1,  # packed micro-batches differ in length
+    }
+    defaults = {
+        "use_cpu_initialization": not torch.cuda.is_available(),
+        # though every parameter is read from the checkpoint: the initialisation also marks tensor-parallel parameters,
+        # without which the gradient norm leaves out the other ranks' parts
+        "perform_initialization": True,
+        "batch_p2p_comm": False,
+        "masked_softmax_fusion": False,  # the fusions need Apex or CUDA extensions
+        "gradient_accumulation_fusion": False,
+        "bias_activation_fusion": False,
+        "moe_token_dispatcher_type": "alltoall",  # Megatron demands it for variable lengths, dense or not
+    }
+    if config.recompute:
+        defaults |= {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    _check_megatron_keys(config.megatron, owned)
+    try:
+        return TransformerConfig(**(owned | defaults | config.megatron))
+    except (ValueError, AssertionError) as error:
+        raise ConfigError(f"[policy] and [policy.megatron] do not fit together: {error}") from error
+
+
+def _check_megatron_keys(given: Mapping[str, Any], owned: Mapping[str, Any]) -> None:
+    known = [field.name for field in dataclasses.fields(TransformerConfig)]
+    for key in given:
+        if key in owned:
+            raise ConfigError(f"policy.megatron.{key} is set from the checkpoint or from [policy]; remove it")
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ConfigError(f"policy.megatron.{key} is not a field of Megatron's TransformerConfig{hint}")
+
+
+def _build_model(config: TransformerConfig, hf_config: Mapping[str, Any], device: torch.device) -> GPTModel:
+    """This rank's stage and slice, weights unset."""
+    if hf_config["vocab_size"] % config.tensor_model_parallel_size:
+        raise ConfigError(
+            f"policy.tensor_model_parallel_size = {config.tensor_model_parallel_size} does not divide "
+            f"the vocabulary of {hf_config['vocab_size']}; choose one that does"
+        )
+    layer = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization="RMSNorm")
+    attention = layer.submodules.self_attention.submodules
+    attention.core_attention = PackedCausalAttention
+    layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
+    if config.qk_layernorm:
+        attention.q_layernorm = attention.k_layernorm = RMSNorm
+    model = GPTModel(
+        config,
+        TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=RMSNorm),
+        vocab_size=hf_config["vocab_size"],
+        max_sequence_length=hf_config["max_position_embeddings"],
+        pre_process=mpu.is_pipeline_first_stage(),
+        post_process=mpu.is_pipeline_last_stage(),
+        position_embedding_type="rope",
+        share_embeddings_and_output_weights=hf_config.get("tie_word_embeddings", False),
+        **megatron_names.rope_settings(hf_config),
+    )
+    return model.to(device)
+
+
+class MegatronPolicy:
+    """A policy on this rank's part of the ranks. All methods are collective."""
+
+    @_megatron_runs
+    def __init__(
+        self,
+        config: PolicyConfig,
+        algorithm: AlgorithmConfig,
+        hf_checkpoint: str | Path,
+        *,
+        train_iters: int = 1,
+    ):
+        """Loads `hf_checkpoint` (a Hugging Face folder) onto the ranks.
+
+        `train_iters` is the number of optimizer steps of the run; the learning-rate schedule uses it where
+        `config.lr_decay_iters` is 0. Raises ConfigError for settings or weights that do not fit.
+        """
+        if config.dtype not in _DTYPES:
+            raise ConfigError(f"policy.dtype {config.dtype!r} is not supported; use one of {', '.join(_DTYPES)}")
+        losses.check_kl_loss_type(algorithm.kl_loss_type)
+        self.config, self.algorithm = config, algorithm
+        self.device = distributed.init_distributed()
+        _init_model_parallel(config)
+        self.hf_folder = Path(hf_checkpoint)
+        self.hf_config = read_config(self.hf_folder)
+        self.megatron_config = _transformer_config(config, self.hf_config)
+        self._heads = megatron_names.Heads(self.megatron_config.num_query_groups, self.megatron_config.kv_channels)
+        self._tied = self.hf_config.get("tie_word_embeddings", False)
+        self._num_updates = 0
+
+        self._model = self._load_model(self.hf_folder)
+        self._reference: GPTModel | None = None
+        if algorithm.use_kl_loss:
+            self._reference = self._load_model(Path(config.ref_load) if config.ref_load else self.hf_folder)
+            self._reference.requires_grad_(False)
+        self._build_optimizer(train_iters)
+
+    def _load_model(self, folder: Path) -> GPTModel:
+        model = _build_model(self.megatron_config, self.hf_config, self.device)
+        message = None
+        try:
+            self._read_weights(model, HFWeights(folder))
+        except ConfigError as error:
+            message = str(error)
+        if message := distributed.first_message(message):
+            raise ConfigError(message)
+        return model
+
+    @torch.no_grad()
+    def _read_weights(self, model: GPTModel, weights: HFWeights) -> None:
+        for name, param in model.named_parameters():
+            rule = self._rule(name)
+            full = [weights[hf_name] for hf_name in rule.hf_names]
+            part = megatron_names.shard(rule, full, self._heads, self.tp_rank, self.tp_size)
+            if part.shape != param.shape:
+                raise ConfigError(
+                    f"{self.hf_folder}: {', '.join(rule.hf_names)} has shape {tuple(part.shape)} on this rank, "
+                    f"but config.json asks for {tuple(param.shape)}"
+                )
+            param.copy_(part)
+
+    def _build_optimizer(self, train_iters: int) -> None:
+        """After the weights are in: the fp32 master copies of a bf16 policy are taken here."""
+        config, dtype = self.config, _DTYPES[self.config.dtype]
+        ddp_config = DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True, use_distributed_optimizer=config.use_distributed_optimizer
+        )
+        self._ddp = DistributedDataParallel(self.megatron_config, ddp_config, self._model)
+        optimizer_config = OptimizerConfig(
+            optimizer="adam",
+            lr=config.lr,
+            min_lr=config.min_lr,
+            weight_decay=config.weight_decay,
+            adam_beta1=config.adam_beta1,
+            adam_beta2=config.adam_beta2,
+            adam_eps=config.adam_eps,
+            clip_grad=config.clip_grad,
+            bf16=dtype == torch.bfloat16,
+            params_dtype=dtype,
+            use_distributed_optimizer=config.use_distributed_optimizer,
+        )
+        self._optimizer = get_megatron_optimizer(
+            optimizer_config, [self._ddp], config_overrides=get_standard_config_overrides(optimizer_config)
+        )
+        self.megatron_config.grad_scale_func = self._optimizer.scale_loss
+        decay_steps = config.lr_decay_iters or train_iters
+        self._scheduler = OptimizerParamScheduler(
+            self._optimizer,
+            init_lr=0.0,
+            max_lr=config.lr,
+            min_lr=config.min_lr,
+            lr_warmup_steps=config.lr_warmup_iters,
+            lr_decay_steps=decay_steps,
+            lr_decay_style=config.lr_decay_style,
+            start_wd=config.weight_decay,
+            end_wd=config.weight_decay,
+            wd_incr_steps=decay_steps,
+            wd_incr_style="constant",
+        )
+
+    # ---- where this rank is ----
+
+    @property
+    def tp_rank(self) -> int:
+        return mpu.get_tensor_model_parallel_rank()
+
+    @property
+    def tp_size(self) -> int:
+        return mpu.get_tensor_model_parallel_world_size()
+
+    @property
+    def dp_rank(self) -> int:
+        return mpu.get_data_parallel_rank()
+
+    @property
+    def dp_size(self) -> int:
+        return mpu.get_data_parallel_world_size()
+
+    @property
+    def pp_rank(self) -> int:
+        return mpu.get_pipeline_model_parallel_rank()
+
+    @property
+    def pp_size(self) -> int:
+        return mpu.get_pipeline_model_parallel_world_size()
+
+    @property
+    def is_draft_rank(self) -> bool:
+        """Whether this rank gets draft samples: it is on the last pipeline stage."""
+        return mpu.is_pipeline_last_stage()
+
+    @property
+    def draft_group(self) -> dist.ProcessGroup:
+        """The ranks whose draft samples differ: this rank's data-parallel group."""
+        return mpu.get_data_parallel_group()
+
+    @property
+    def hidden_size(self) -> int:
+        return self.megatron_config.hidden_size
+
+    @property
+    def _tp_group(self) -> dist.ProcessGroup | None:
+        return mpu.get_tensor_model_parallel_group() if self.tp_size > 1 else None
+
+    def _rule(self, name: str) -> megatron_names.Rule:
+        return megatron_names.rule_for(name, get_transformer_layer_offset(self.megatron_config), tied=self._tied)
+
+    # ---- the update ----
+
+    @_megatron_runs
+    def update(self, samples: Sequence[Sample], capture: CaptureSpec | None = None) -> PolicyUpdate:
+        """One rollout's optimizer steps (`num_steps_per_rollout`) on `samples`, the same full list on every rank.
+
+        Every sample carries an advantage. With `capture`, draft samples come from the forward under the weights that
+        served the rollout. Raises PolicyUpdateError on every rank when a loss or gradient is not finite; that
+        step is not taken.
+        """
+        ordered = sorted(samples, key=lambda s: s.request.key)
+        if not any(sample.token_ids for sample in ordered):
+            raise PolicyUpdateError(f"no response token to learn from in {len(ordered)} samples")
+        steps = self._plan(ordered)
+        batches = [batch for step in steps for batch in step]
+        recorder = self._recorder(ordered, batches, capture) if capture else None
+        ref_logp = self._log_probs(self._reference, batches) if self._reference else None
+        old_logp = self._log_probs(self._model, batches, recorder) if len(steps) > 1 else None
+
+        reports, grad_norms, lr = [], [], 0.0
+        for number, step in enumerate(steps):
+            lr = self._optimizer.param_groups[0]["lr"]
+            objective = partial(self._loss, old_logp=old_logp, ref_logp=ref_logp)
+            step_reports = self._run(self._ddp, step, objective, recorder if old_logp is None else None)
+            where = f"step {number + 1} of {len(steps)}"
+            grad_norms.append(self._take_step(ordered, step_reports, where))
+            reports += step_reports
+        self._num_updates += 1
+
+        metrics = self._metrics(reports) | {"grad_norm": sum(grad_norms) / len(grad_norms), "lr": lr}
+        if recorder is None or capture is None:
+            return PolicyUpdate(metrics, [])
+        if self.pp_size > 1:
+            recorder.bring_to_last_stage(mpu.get_pipeline_model_parallel_group())
+        metrics |= self._count_dropped(batches, recorder)
+        return PolicyUpdate(metrics, recorder.draft_samples(ordered, capture) if self.is_draft_rank else [])
+
+    def _plan(self, samples: Sequence[Sample]) -> list[list[MicroBatch]]:
+        """This rank's micro-batches of each optimizer step."""
+        parts = packing.split_evenly(len(samples), min(self.algorithm.num_steps_per_rollout, len(samples)))
+        # sequence parallelism cuts the packed tokens over the tensor-parallel ranks
+        multiple = self.tp_size if self.megatron_config.sequence_parallel else 1
+        steps = []
+        for part in parts:
+            lengths = [sequence_length(samples[i]) for i in part]
+            mine = packing.pack(lengths, self.config.max_tokens_per_gpu, self.dp_size)[self.dp_rank]
+            indices = [[part[j] for j in micro_batch] for micro_batch in mine]
+            steps.append([make_micro_batch(samples, i, multiple, self.device) for i in indices])
+        return steps
+
+    def _run(
+        self,
+        model: torch.nn.Module,
+        batches: Sequence[MicroBatch],
+        objective: Callable[..., tuple[torch.Tensor, Report]],
+        recorder: StageRecorder | None = None,
+        *,
+        forward_only: bool = False,
+    ) -> list[Report]:
+        """Megatron's pipeline schedule over the micro-batches; reports exist on the last stage only."""
+        if not forward_only:
+            self._ddp.zero_grad_buffer()
+            self._optimizer.zero_grad()
+        with recorder.attached() if recorder else contextlib.nullcontext():
+            return get_forward_backward_func()(
+                forward_step_func=partial(self._forward, objective=objective, recorder=recorder),
+                data_iterator=iter(batches),
+                model=[model],
+                num_microbatches=len(batches),
+                seq_length=max(sum(batch.lengths) for batch in batches),  # read only where lengths do not vary
+                micro_batch_size=1,
+                forward_only=forward_only,
+            )
+
+    def _forward(
+        self,
+        batches: Iterator[MicroBatch],
+        model: torch.nn.Module,
+        *,
+        objective: Callable[..., tuple[torch.Tensor, Report]],
+        recorder: StageRecorder | None,
+    ) -> tuple[torch.Tensor, Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, Report]]]:
+        batch = next(batches)
+        ends = torch.tensor([0, *batch.lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+        packed = PackedSeqParams(
+            qkv_format="thd",
+            cu_seqlens_q=ends,
+            cu_seqlens_kv=ends,
+            max_seqlen_q=max(batch.lengths),
+            max_seqlen_kv=max(batch.lengths),
+        )
+        with recorder.recording(batch) if recorder else contextlib.nullcontext():
+            output = model(batch.tokens_T[None], batch.positions_T[None], None, packed_seq_params=packed)
+
+        def reduce_output(logits_1TV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, Report]:
+            if recorder:
+                recorder.keep_logits(logits_1TV[0], batch, self._tp_group)
+            loss, report = self._batch_loss(logits_1TV[0], batch, objective)
+            num_tokens = torch.tensor(report.num_tokens, dtype=torch.int, device=self.device)
+            return loss, num_tokens, report
+
+        return output, reduce_output
+
+    def _batch_loss(
+        self, logits_TV: torch.Tensor, batch: MicroBatch, objective: Callable[..., tuple[torch.Tensor, Report]]
+    ) -> tuple[torch.Tensor, Report]:
+        if not len(batch.targets_R):
+            return logits_TV.sum() * 0.0, empty_report(self.device)  # keeps the backward's collectives in step
+        logits_RV = logits_TV.index_select(0, batch.rows_R)
+        logp_R, entropy_R = log_probs_and_entropy(logits_RV, batch.targets_R, batch.temperature_R, self._tp_group)
+        return objective(batch, logp_R, entropy_R)
+
+    def _loss(
+        self,
+        batch: MicroBatch,
+        logp_R: torch.Tensor,
+        entropy_R: torch.Tensor,
+        *,
+        old_logp: Mapping[int, torch.Tensor] | None,
+        ref_logp: Mapping[int, torch.Tensor] | None,
+    ) -> tuple[torch.Tensor, Report]:
+        old_logp_R = None if old_logp is None else batch.per_token(old_logp)
+        ref_logp_R = None if ref_logp is None else batch.per_token(ref_logp)
+        return policy_loss(batch, logp_R, entropy_R, old_logp_R, ref_logp_R, self.algorithm)
+
+    @torch.no_grad()
+    def _log_probs(
+        self, model: GPTModel, batches: Sequence[MicroBatch], recorder: StageRecorder | None = None
+    ) -> dict[int, torch.Tensor]:
+        """Log-probabilities of every response token, by sample; on the last stage (empty elsewhere)."""
+        objective = partial(self._loss, old_logp=None, ref_logp=None)
+        reports = self._run(model, batches, objective, recorder, forward_only=True)
+        return {i: logp_R for report in reports for i, logp_R in report.log_probs.items()}
+
+    def _take_step(self, samples: Sequence[Sample], reports: Sequence[Report], where: str) -> float:
+        """Clips and steps; the gradient norm before clipping. Raises PolicyUpdateError where it is not finite."""
+        bad = next((r for r in reports if not r.sums.isfinite().all()), None)
+        message = None
+        if bad is not None:
+            keys = ", ".join("{}/{}".format(*samples[i].request.key) for i in bad.sample_indices)
+            message = f"{where} refused: loss is {float(bad.sums[0])} in the micro-batch of prompt/sample {keys}"
+        if message := distributed.first_message(message):
+            raise PolicyUpdateError(message)
+        self._optimizer.prepare_grads()
+        grad_norm = float(self._optimizer.get_grad_norm())
+        if not math.isfinite(grad_norm):  # summed over all ranks: the same verdict everywhere
+            first, last = samples[0].request.key, samples[-1].request.key
+            raise PolicyUpdateError(
+                f"{where} refused: the gradient norm is {grad_norm} over {len(samples)} samples, "
+                f"prompt/sample {first[0]}/{first[1]} to {last[0]}/{last[1]}"
+            )
+        params = self._optimizer.get_parameters()
+        if self.config.clip_grad > 0 and params:
+            clip_grad_by_total_norm_fp32(params, max_norm=self.config.clip_grad, total_norm=grad_norm)
+        self._optimizer.step_with_ready_grads()
+        self._scheduler.step(increment=1)
+        return grad_norm
+
+    def _metrics(self, reports: Sequence[Report]) -> dict[str, float]:
+        """Token-weighted over all micro-batches, steps and ranks; made on the last stage, sent to the others."""
+        sums = torch.zeros(1 + len(SUM_NAMES), dtype=torch.float64, device=self.device)
+        maxima = torch.zeros(len(MAX_NAMES), dtype=torch.float64, device=self.device)
+        for report in reports:
+            sums[0] += report.num_tokens
+            sums[1:] += report.sums
+            maxima = torch.maximum(maxima, report.maxima)
+        dist.all_reduce(sums, group=mpu.get_data_parallel_group())
+        dist.all_reduce(maxima, op=dist.ReduceOp.MAX, group=mpu.get_data_parallel_group())
+        if self.pp_size > 1:
+            for values in (sums, maxima):
+                last = mpu.get_pipeline_model_parallel_last_rank()
+                dist.broadcast(values, src=last, group=mpu.get_pipeline_model_parallel_group())
+        num_tokens = float(sums[0])
+        means = (sums[1:] / num_tokens).tolist()
+        return (
+            {"num_tokens": num_tokens}
+            | dict(zip(SUM_NAMES, means, strict=True))
+            | dict(zip(MAX_NAMES, maxima.tolist(), strict=True))
+        )
+
+    # ---- capture ----
+
+    def _recorder(
+        self, samples: Sequence[Sample], batches: Sequence[MicroBatch], capture: CaptureSpec
+    ) -> StageRecorder:
+        num_layers = self.megatron_config.num_layers
+        if max(capture.aux_layer_ids) >= num_layers:
+            raise ConfigError(f"draft.aux_layer_ids {capture.aux_layer_ids}: the policy has {num_layers} layers")
+        element_bytes = _DTYPES[self.config.dtype].itemsize
+        num_bytes = {
+            i: draft_sample_bytes(
+                sequence_length(samples[i]), self.hidden_size, self.hf_config["vocab_size"], element_bytes
+            )
+            for batch in batches
+            for i in batch.sample_indices
+        }
+        offset = get_transformer_layer_offset(self.megatron_config)
+        layers = self._model.decoder.layers
+        modules = {aux_name(k): layers[k - offset] for k in capture.aux_layer_ids if 0 <= k - offset < len(layers)}
+        if self._model.pre_process:
+            modules[EMBEDS] = self._model.embedding
+        return StageRecorder(
+            modules=modules,
+            hidden_size=self.hidden_size,
+            chosen=choose_captured(num_bytes, capture.max_bytes, self._num_updates),
+            gather_sequence=self._gather_sequence,
+        )
+
+    def _gather_sequence(self, hidden: torch.Tensor) -> torch.Tensor:
+        if not self.megatron_config.sequence_parallel:
+            return hidden
+        parts = [torch.empty_like(hidden) for _ in range(self.tp_size)]
+        dist.all_gather(parts, hidden.contiguous(), group=self._tp_group)
+        return torch.cat(parts)
+
+    def _count_dropped(self, batches: Sequence[MicroBatch], recorder: StageRecorder) -> dict[str, float]:
+        num_samples = sum(len(batch.sample_indices) for batch in batches)
+        counts = torch.tensor([len(recorder.chosen), num_samples - len(recorder.chosen)], device=self.device)
+        dist.all_reduce(counts, group=mpu.get_data_parallel_group())
+        return {"draft_samples_captured": float(counts[0]), "draft_samples_dropped": float(counts[1])}
+
+    # ---- weights and state ----
+
+    @_megatron_runs
+    def export_weights(self) -> dict[str, torch.Tensor]:
+        """Full tensors under Hugging Face names, detached, on global rank 0; empty elsewhere.
+
+        They may share memory with the parameters: copy what is to outlive the next update.
+        """
+        return self._collect(torch.Tensor.detach)
+
+    def _collect(self, value_of: Callable[[torch.nn.Parameter], torch.Tensor]) -> dict[str, torch.Tensor]:
+        """A tensor of every parameter (its value, its gradient) in Hugging Face form, on global rank 0."""
+        if self.dp_rank != 0:
+            return {}
+        stage: dict[str, torch.Tensor] = {}
+        for name, param in self._model.named_parameters():
+            rule = self._rule(name)
+            if self._tied and name == "output_layer.weight":
+                continue  # a copy of the first stage's embedding
+            stage |= megatron_names.merge(rule, self._gather_shards(rule, value_of(param)), self._heads)
+        if self.pp_size > 1 and self.tp_rank == 0:
+            stage = self._send_to_first_stage(stage)
+        return stage if distributed.rank() == 0 else {}
+
+    def _gather_shards(self, rule: megatron_names.Rule, part: torch.Tensor) -> list[torch.Tensor]:
+        if self.tp_size == 1 or rule.layout is megatron_names.Layout.COPY:
+            return [part]
+        parts = [torch.empty_like(part, memory_format=torch.contiguous_format) for _ in range(self.tp_size)]
+        dist.all_gather(parts, part.contiguous(), group=self._tp_group)
+        return parts
+
+    def _send_to_first_stage(self, stage: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        group = mpu.get_pipeline_model_parallel_group()
+        described: list[list[tuple[str, torch.Size, torch.dtype]]] = [[] for _ in range(self.pp_size)]
+        dist.all_gather_object(described, [(name, t.shape, t.dtype) for name, t in stage.items()], group=group)
+        if self.pp_rank > 0:
+            for tensor in stage.values():
+                dist.send(tensor.contiguous(), group=group, group_dst=0)
+            return {}
+        for source in range(1, self.pp_size):
+            for name, shape, dtype in described[source]:
+                stage[name] = torch.empty(shape, dtype=dtype, device=self.device)
+                dist.recv(stage[name], group=group, group_src=source)
+        return stage
+
+    @_megatron_runs
+    def save_hf(self, directory: str | Path) -> None:
+        """Writes a folder that `AutoModelForCausalLM` and the tokenizer load; an existing one is replaced."""
+        weights = self._collect(torch.Tensor.detach)
+        message = None
+        if distributed.rank() == 0:
+            try:
+                write_checkpoint(Path(directory), weights, self.hf_folder, self.config.dtype)
+            except OSError as error:
+                message = f"{directory}: the policy could not be saved: {error}"
+        if message := distributed.first_message(message):
+            raise OSError(message)
+
+    def _sharded_state(self, *, is_loading: bool) -> tuple[dict[str, Any], dict[str, Any]]:
+        metadata = {
+            "distrib_optim_sharding_type": "fully_reshardable",
+            "distrib_optim_fully_reshardable_mem_efficient": False,
+            "singleton_local_shards": False,
+            "chained_optim_avoid_prefix": True,
+        }
+        dp_cp_group = mpu.get_data_parallel_group(with_context_parallel=True)
+        sharding = metadata | {"dp_cp_group": dp_cp_group}
+        model = self._model.sharded_state_dict(metadata=sharding)
+        state = {
+            "model": model,
+            "optimizer": self._optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=sharding),
+            "scheduler": self._scheduler.state_dict(),
+            "num_updates": self._num_updates,
+        }
+        return state, metadata
+
+    @_megatron_runs
+    def save(self, directory: str | Path) -> None:
+        """Model, optimizer and scheduler into `directory` (made when missing), loadable under another layout."""
+        if distributed.rank() == 0:
+            Path(directory).mkdir(parents=True, exist_ok=True)
+        dist.barrier()
+        state, metadata = self._sharded_state(is_loading=False)
+        dist_checkpointing.save(state, str(directory), content_metadata=metadata)
+
+    @_megatron_runs
+    def load(self, directory: str | Path) -> None:
+        """Continues from `save`: bit for bit under the same layout and optimizer kind."""
+        if self.config.use_distributed_optimizer:
+            for optimizer in self._optimizer.chained_optimizers:
+                optimizer_resume.create_adamw_state(optimizer)
+        wanted, _ = self._sharded_state(is_loading=True)
+        state = dist_checkpointing.load(wanted, str(directory))
+        self._model.load_state_dict(state["model"])
+        self._scheduler.load_state_dict(state["scheduler"])
+        self._num_updates = state["num_updates"]
+        if self.config.use_distributed_optimizer:
+            (optimizer,) = self._optimizer.chained_optimizers
+            optimizer_resume.load_adamw_state(optimizer, state["optimizer"])
+        else:
+            self._optimizer.load_state_dict(state["optimizer"])
