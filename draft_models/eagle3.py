@@ -201,15 +201,31 @@ class Eagle3(nn.Module):
         normed = numerics.rms_norm(state, self.norm.weight, self.config.rms_norm_eps)
         return numerics.linear(normed, self.lm_head.weight)
 
-    def project(
-        self, embeds_BMH: Tensor, hidden_BMH: Tensor, positions_BM: Tensor, numerics: Numerics = FAST
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Rotated queries [B, M, N, D] and keys [B, M, G, D], and values [B, M, G, D]."""
-        return self.midlayer.project(embeds_BMH, hidden_BMH, self._rope(positions_BM), numerics)
+    def attention_input(self, embeds: Tensor, hidden: Tensor, numerics: Numerics = FAST) -> Tensor:
+        """Normed embeddings and normed hidden states side by side, each [..., H], as [..., 2H]."""
+        eps, layer = self.config.rms_norm_eps, self.midlayer
+        normed_embeds = numerics.rms_norm(embeds, layer.input_layernorm.weight, eps)
+        return torch.cat((normed_embeds, numerics.rms_norm(hidden, layer.hidden_norm.weight, eps)), dim=-1)
+
+    def queries(self, x_BM2H: Tensor, positions_BM: Tensor, numerics: Numerics = FAST) -> Tensor:
+        """Rotated queries [B, M, N, D] of `attention_input`."""
+        q_BMND = self._heads(x_BM2H, self.midlayer.self_attn.q_proj.weight, numerics)
+        return apply_rope(q_BMND, *self._rope(positions_BM))
+
+    def keys_values(self, x_BM2H: Tensor, positions_BM: Tensor, numerics: Numerics = FAST) -> tuple[Tensor, Tensor]:
+        """Rotated keys and plain values, each [B, M, G, D]."""
+        k_BMGD = self._heads(x_BM2H, self.midlayer.self_attn.k_proj.weight, numerics)
+        v_BMGD = self._heads(x_BM2H, self.midlayer.self_attn.v_proj.weight, numerics)
+        return apply_rope(k_BMGD, *self._rope(positions_BM)), v_BMGD
 
     def finish(self, attended: Tensor, hidden: Tensor, numerics: Numerics = FAST) -> Tensor:
         """The layer after its attention: [..., N * D] and the layer's hidden input [..., H] to the state [..., H]."""
-        return self.midlayer.finish(attended, hidden, numerics)
+        layer = self.midlayer
+        residual = hidden + numerics.linear(attended, layer.self_attn.o_proj.weight)
+        x = numerics.rms_norm(residual, layer.post_attention_layernorm.weight, self.config.rms_norm_eps)
+        gate = numerics.linear(x, layer.mlp.gate_proj.weight)
+        gate_up = torch.cat((gate, numerics.linear(x, layer.mlp.up_proj.weight)), dim=-1)
+        return residual + numerics.linear(numerics.swiglu(gate_up), layer.mlp.down_proj.weight)
 
     def step(
         self,
@@ -224,10 +240,12 @@ class Eagle3(nn.Module):
 
         Token (b, m) sees cache entries 0 .. positions_BM[b, m], the ones written now included.
         """
-        q_BMND, k_BMGD, v_BMGD = self.project(embeds_BMH, hidden_BMH, positions_BM, numerics)
+        x_BM2H = self.attention_input(embeds_BMH, hidden_BMH, numerics)
+        k_BMGD, v_BMGD = self.keys_values(x_BM2H, positions_BM, numerics)
         rows_B1 = torch.arange(len(positions_BM), device=positions_BM.device)[:, None]
         cache_k_BGLD.transpose(1, 2)[rows_B1, positions_BM] = k_BMGD
         cache_v_BGLD.transpose(1, 2)[rows_B1, positions_BM] = v_BMGD
+        q_BMND = self.queries(x_BM2H, positions_BM, numerics)
         attended = numerics.attend(q_BMND, cache_k_BGLD, cache_v_BGLD, positions_BM, self.attention_scale)
         return self.finish(attended, hidden_BMH, numerics)
 
@@ -243,6 +261,9 @@ class Eagle3(nn.Module):
             else:
                 std = 0.02 if name == "lm_head.weight" else weight.shape[1] ** -0.5
                 nn.init.normal_(weight, std=std, generator=generator)
+
+    def _heads(self, x_BM2H: Tensor, weight: Tensor, numerics: Numerics) -> Tensor:
+        return numerics.linear(x_BM2H, weight).unflatten(-1, (-1, self.config.head_dim))
 
     def _rope(self, positions_BM: Tensor) -> tuple[Tensor, Tensor]:
         return RopeTable(self.rope_cos, self.rope_sin).at(positions_BM)
@@ -276,37 +297,15 @@ class _Mlp(nn.Module):
 
 
 class _Midlayer(nn.Module):
-    """A Llama decoder layer whose attention reads the embedding and the hidden state side by side (2H)."""
+    """The weights of a Llama decoder layer whose attention reads the embedding and the hidden state (2H)."""
 
     def __init__(self, config: Eagle3Config) -> None:
         super().__init__()
-        self.eps = config.rms_norm_eps
-        self.head_dim = config.head_dim
         self.hidden_norm = _Weight(config.hidden_size)
         self.input_layernorm = _Weight(config.hidden_size)
         self.post_attention_layernorm = _Weight(config.hidden_size)
         self.self_attn = _Attention(config)
         self.mlp = _Mlp(config)
-
-    def project(
-        self, embeds: Tensor, hidden: Tensor, rope: tuple[Tensor, Tensor], numerics: Numerics
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        normed_embeds = numerics.rms_norm(embeds, self.input_layernorm.weight, self.eps)
-        normed_hidden = numerics.rms_norm(hidden, self.hidden_norm.weight, self.eps)
-        x = torch.cat((normed_embeds, normed_hidden), dim=-1)
-        attn = self.self_attn
-        q, k, v = (
-            numerics.linear(x, proj.weight).unflatten(-1, (-1, self.head_dim))
-            for proj in (attn.q_proj, attn.k_proj, attn.v_proj)
-        )
-        return apply_rope(q, *rope), apply_rope(k, *rope), v
-
-    def finish(self, attended: Tensor, hidden: Tensor, numerics: Numerics) -> Tensor:
-        residual = hidden + numerics.linear(attended, self.self_attn.o_proj.weight)
-        x = numerics.rms_norm(residual, self.post_attention_layernorm.weight, self.eps)
-        gate = numerics.linear(x, self.mlp.gate_proj.weight)
-        gate_up = torch.cat((gate, numerics.linear(x, self.mlp.up_proj.weight)), dim=-1)
-        return residual + numerics.linear(numerics.swiglu(gate_up), self.mlp.down_proj.weight)
 
 
 def _shared_fields(config: Mapping[str, Any]) -> dict[str, Any]:

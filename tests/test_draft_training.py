@@ -1,0 +1,205 @@
+"""The unrolled training forward is the engine's computation; its loss and gradients are those of a plain version."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from draft_models import losses
+from draft_models.eagle3 import Eagle3
+from draft_models.training import DraftBatch, accept_posteriors, draft_loss, make_batch, unroll
+from draft_models.types import DraftSample, VerifyRule
+from tests.draft_helpers import TARGET_CONFIG, random_sample, small_draft
+
+DEPTH = 4
+
+
+def batch_of(samples: list[DraftSample]) -> DraftBatch:
+    batch = make_batch(samples)
+    assert batch is not None
+    return batch
+
+
+def mixed_samples(dtype: torch.dtype = torch.float32) -> list[DraftSample]:
+    shapes = [(12, 5), (9, 3), (7, 5), (20, 1), (6, 5), (4, 3)]  # the last two have no chain
+    return [random_sample(length, prompt, seed, dtype=dtype) for seed, (length, prompt) in enumerate(shapes)]
+
+
+def incremental_logits(draft: Eagle3, sample: DraftSample, root: int, depth: int, fault: str = "") -> list[Tensor]:
+    """As an engine drafts at `root`: prefix with the target's states, then the chain on its own states.
+
+    `fault` makes the chain's first own step wrong in one way.
+    """
+    config = draft.config
+    shape = (1, config.num_key_value_heads, len(sample.token_ids) + depth, config.head_dim)
+    cache_k, cache_v = torch.zeros(shape, dtype=sample.embeds.dtype), torch.zeros(shape, dtype=sample.embeds.dtype)
+    state = None
+    for row in range(root + 1):  # one token at a time
+        hidden = draft.fuse(sample.aux_hidden[row])[None, None]
+        embeds = sample.embeds[row + 1][None, None]
+        cache_k, cache_v = cache_k.clone(), cache_v.clone()
+        state = draft.step(embeds, hidden, torch.tensor([[row]]), cache_k, cache_v)
+    assert state is not None
+    logits = [draft.logits(state)[0, 0]]
+    for step in range(1, depth):
+        if root + 2 + step >= len(sample.token_ids):
+            break
+        embeds = sample.embeds[root + 1 + step - (fault == "token")][None, None]
+        hidden = draft.fuse(sample.aux_hidden[root])[None, None] if fault == "hidden" else state
+        position = torch.tensor([[root + step + (fault == "position")]])
+        # A fresh copy each time, so that autograd may keep the one that attention has read.
+        cache_k, cache_v = cache_k.clone(), cache_v.clone()
+        state = draft.step(embeds, hidden, position, cache_k, cache_v)
+        logits.append(draft.logits(state)[0, 0])
+    return logits
+
+
+def chain_sources(samples: list[DraftSample]) -> list[tuple[int, int]]:
+    """(sample, root) of every chain in the batch's order."""
+    return [
+        (index, root)
+        for index, sample in enumerate(samples)
+        for root in range(sample.prompt_len - 1, len(sample.token_ids) - 2)
+    ]
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-12)])
+@torch.no_grad()
+def test_unroll_equals_incremental_steps(dtype: torch.dtype, tolerance: float) -> None:
+    samples, draft = mixed_samples(dtype), small_draft(dtype=dtype)
+    sources = chain_sources(samples)
+    steps = list(unroll(draft, batch_of(samples), DEPTH))
+    seen = 0
+    for chain, (index, root) in enumerate(sources):
+        for step, expected in enumerate(incremental_logits(draft, samples[index], root, DEPTH)):
+            row = (steps[step].chain_n == chain).nonzero().item()
+            torch.testing.assert_close(steps[step].logits_nR[row], expected, atol=tolerance, rtol=tolerance)
+            seen += 1
+    assert seen == sum(len(step.chain_n) for step in steps)  # nothing computed beyond what the engine would
+
+
+@pytest.mark.parametrize("fault", ["position", "hidden", "token"])
+@torch.no_grad()
+def test_the_comparison_sees_a_fault(fault: str) -> None:
+    samples, draft = mixed_samples(torch.float64), small_draft(dtype=torch.float64)
+    right = list(unroll(draft, batch_of(samples), 2))
+    chain = chain_sources(samples).index((0, 5))
+    wrong = incremental_logits(draft, samples[0], 5, 2, fault)[1]
+    row = (right[1].chain_n == chain).nonzero().item()
+    assert (wrong - right[1].logits_nR[row]).abs().max() > 1e-3
+
+
+def plain_loss(draft: Eagle3, samples: list[DraftSample], depth: int, decay: float) -> Tensor:
+    """The definition, one chain at a time, with torch's own kl_div."""
+    total = torch.zeros((), dtype=torch.float64)
+    for index, root in chain_sources(samples):
+        sample = samples[index]
+        for step, logits in enumerate(incremental_logits(draft, sample, root, depth)):
+            p = (sample.target_logits[root + 1 + step] / sample.temperature).softmax(-1)
+            if draft.target_ids is not None:
+                p = p[draft.target_ids] / p[draft.target_ids].sum()
+            log_q = (logits / sample.temperature).log_softmax(-1)
+            total = total + decay**step * torch.nn.functional.kl_div(log_q, p, reduction="sum")
+    return total
+
+
+@pytest.mark.parametrize("draft_vocab_size", [0, 11])
+def test_loss_and_gradients_equal_a_plain_version(draft_vocab_size: int) -> None:
+    samples = [
+        random_sample(8, 3, 1, dtype=torch.float64, temperature=0.7),
+        random_sample(6, 4, 2, dtype=torch.float64),
+        random_sample(9, 2, 3, dtype=torch.float64, temperature=1.5),
+    ]
+    draft = small_draft(draft_vocab_size=draft_vocab_size, dtype=torch.float64)
+    result = draft_loss(draft, batch_of(samples), 3, 0.8)
+    result.loss_sum.backward()
+    gradients = {name: weight.grad.clone() for name, weight in draft.named_parameters()}
+    draft.zero_grad()
+    expected = plain_loss(draft, samples, 3, 0.8)
+    expected.backward()
+    torch.testing.assert_close(result.loss_sum, expected, atol=1e-12, rtol=1e-12)
+    assert result.token_count == len(chain_sources(samples))
+    for name, weight in draft.named_parameters():
+        torch.testing.assert_close(gradients[name], weight.grad, atol=1e-12, rtol=1e-10, msg=name)
+
+
+def test_loss_sums_over_samples_in_any_split() -> None:
+    """So that ranks can share the samples and divide by the global count."""
+    samples, draft = mixed_samples(torch.float64), small_draft(dtype=torch.float64)
+    whole = draft_loss(draft, batch_of(samples), 3, 0.8)
+    parts = [draft_loss(draft, batch_of(samples[:2]), 3, 0.8), draft_loss(draft, batch_of(samples[2:]), 3, 0.8)]
+    torch.testing.assert_close(whole.loss_sum, parts[0].loss_sum + parts[1].loss_sum, atol=1e-12, rtol=1e-12)
+    assert whole.token_count == sum(part.token_count for part in parts)
+
+
+def test_acceptance_sums_are_those_of_the_definitions() -> None:
+    samples, draft = mixed_samples(torch.float64), small_draft(draft_vocab_size=11, dtype=torch.float64)
+    result = draft_loss(draft, batch_of(samples), 2, 0.8)
+    overlap, top1, agree = torch.zeros(2), torch.zeros(2), torch.zeros(2)
+    for index, root in chain_sources(samples):
+        for step, logits in enumerate(incremental_logits(draft, samples[index], root, 2)):
+            p, q = samples[index].target_logits[root + 1 + step].softmax(-1), logits.softmax(-1)
+            p_draft = p[draft.target_ids]
+            overlap[step] += torch.minimum(p_draft, q).sum()
+            top1[step] += p_draft[q.argmax()]
+            agree[step] += q.argmax() == p_draft.argmax()
+    for step, sums in enumerate(result.acceptance):
+        measured = torch.stack([sums.overlap, sums.top1, sums.agree]).float()
+        torch.testing.assert_close(measured, torch.stack([overlap[step], top1[step], agree[step]]))
+
+
+def test_forward_kl_is_zero_only_at_the_target() -> None:
+    target_logits = torch.randn(5, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    target = losses.soft_target(target_logits, torch.ones(5, 1, dtype=torch.float64), None)
+    torch.testing.assert_close(losses.forward_kl(target_logits + 3.0, target), torch.zeros(5, dtype=torch.float64))
+    assert (losses.forward_kl(target_logits.roll(1, 1), target) > 0.01).all()
+
+
+def test_samples_without_a_chain_make_no_batch() -> None:
+    assert make_batch([random_sample(6, 5, 0), random_sample(4, 4, 1)]) is None
+
+
+@pytest.mark.parametrize("rule", list(VerifyRule))
+def test_posteriors_of_the_loss_are_those_of_the_forecast(rule: VerifyRule) -> None:
+    samples = [*mixed_samples(), random_sample(9, 3, 77, temperature=0.0)]
+    draft, batch = small_draft(draft_vocab_size=11), batch_of(samples)
+    posterior = draft_loss(draft, batch, 3, 0.8, rule).posterior_QK
+    assert posterior is not None
+    torch.testing.assert_close(posterior, accept_posteriors(draft, batch, 3, rule))
+    assert 0 <= posterior.min() <= posterior.max() <= 1
+
+
+def test_training_follows_the_target() -> None:
+    """A target whose law depends on its hidden state: the loss falls to a part of its start, on unseen samples too."""
+    generator = torch.Generator().manual_seed(0)
+    vocab, hidden = int(TARGET_CONFIG["vocab_size"]), int(TARGET_CONFIG["hidden_size"])
+    readout, table = torch.randn(hidden, vocab, generator=generator), torch.randn(vocab, hidden, generator=generator)
+
+    def sample(seed: int) -> DraftSample:
+        base = random_sample(16, 4, seed)
+        embeds = table[base.token_ids]
+        return DraftSample(
+            base.prompt_id,
+            base.sample_id,
+            base.token_ids,
+            embeds,
+            torch.cat([embeds] * 3, dim=-1),
+            embeds @ readout / hidden**0.5 * 2,
+            base.prompt_len,
+            base.temperature,
+            base.seed,
+            base.policy_version,
+        )
+
+    draft = Eagle3(small_draft().config, seed=0)
+    optimizer = torch.optim.AdamW(draft.parameters(), lr=1e-2, weight_decay=0.0)
+    unseen = batch_of([sample(seed) for seed in range(1000, 1008)])
+    before = float(draft_loss(draft, unseen, 3, 0.8).loss_sum.detach())
+    for update in range(120):
+        batch = batch_of([sample(16 * update + index) for index in range(16)])
+        result = draft_loss(draft, batch, 3, 0.8)
+        optimizer.zero_grad()
+        (result.loss_sum / result.token_count).backward()
+        optimizer.step()
+    assert float(draft_loss(draft, unseen, 3, 0.8).loss_sum.detach()) < 0.3 * before
