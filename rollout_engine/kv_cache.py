@@ -16,6 +16,11 @@ class KVView:
     keys: torch.Tensor
     values: torch.Tensor
 
+    def row(self, row: int, num_positions: int) -> KVView:
+        """One row's first positions, [layers, 1, G, P, D]."""
+        rows = slice(row, row + 1)
+        return KVView(self.keys[:, rows, :, :num_positions], self.values[:, rows, :, :num_positions])
+
 
 class KVCache:
     """[layers, slots, G, capacity, D] twice, zero where nothing was written (attention needs finite numbers)."""
@@ -50,3 +55,7 @@ class KVCache:
         length = prefix.keys.shape[3]
         self._keys[:, slots, :, :length] = prefix.keys
         self._values[:, slots, :, :length] = prefix.values
+
+    def release(self) -> None:
+        """Give the memory back."""
+        self._keys, self._values = self._keys[..., :0, :].clone(), self._values[..., :0, :].clone()

@@ -1,0 +1,297 @@
+"""The embedded engine: continuous batching, shared prompts and exact speculation, on the CPU or one CUDA GPU.
+
+Axes: B running rows, M tokens per row and forward, V vocabulary. A request's tokens depend on its prompt, settings and
+seed, and on the weights; batch, order of admission and slots touch them only through floating-point rounding, and
+with `batch_invariant` not even so.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from draft_models.eagle3 import Eagle3
+from draft_models.layers import BATCH_INVARIANT, FAST
+from draft_models.types import VerifyRule
+from rollout_engine.config import RolloutConfig
+from rollout_engine.decoder import Decoder
+from rollout_engine.drafting import EagleDrafter
+from rollout_engine.kv_cache import KVCache
+from rollout_engine.prefill import Prefix, PrefixCache
+from rollout_engine.rows import Row
+from rollout_engine.sampling import Proposal, RowSampling
+from rollout_engine.stopping import Detokenize, kept_before_stop
+from rollout_engine.types import EngineError, FinishReason, RolloutRequest, Sample
+from sync.receiver import WeightReceiver
+
+
+class TorchEngine:
+    """Implements `RolloutEngine`. One `generate` at a time; weights may be received between its samples."""
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        config: RolloutConfig,
+        *,
+        draft: Eagle3 | None = None,
+        eos_token_ids: Sequence[int] = (),
+        detokenize: Detokenize | None = None,
+        version: int = 0,
+    ) -> None:
+        """`detokenize` turns token ids into text; only requests with stop strings need it."""
+        self._decoder = decoder
+        self._config = config
+        self._rule = VerifyRule(config.verify_rule)
+        self._context_length = config.context_length or decoder.config.max_positions
+        self._eos = frozenset(eos_token_ids)
+        self._detokenize = detokenize
+        self._numerics = BATCH_INVARIANT if config.batch_invariant else FAST
+        tensors = {f"policy.{name}": tensor for name, tensor in decoder.named_tensors().items()}
+        if draft is not None:
+            tensors |= {f"draft.{name}": tensor for name, tensor in draft.named_tensors().items()}
+        self._receiver = WeightReceiver(tensors, version)
+        self._version = version
+
+        sizes = decoder.config
+        slots = config.max_running_requests
+        self._cache = KVCache(sizes.num_layers, slots, sizes.num_kv_heads, sizes.head_dim, decoder.embed)
+        self._eagle = EagleDrafter(draft, decoder.embed, slots, self._numerics) if draft is not None else None
+        self._prefixes = PrefixCache(decoder, self._eagle, self._numerics)
+        self._rows: list[Row] = []
+        self._sampling: RowSampling | None = None  # of the present rows; None when they have changed
+        self._pending: deque[RolloutRequest] = deque()
+        self._aborted: set[tuple[int, int]] = set()
+        self._is_generating = False
+
+    @property
+    def receiver(self) -> WeightReceiver:
+        return self._receiver
+
+    def generate(self, requests: Iterable[RolloutRequest]) -> Iterator[Sample]:
+        """Samples as they finish, in no fixed order.
+
+        Raises ValueError for a request that cannot be served and EngineError while weights are a mixture; both
+        before any work. Abandoning the iterator drops what is running.
+        """
+        pending = deque(requests)
+        for request in pending:
+            self._check(request)
+        if self._is_generating:
+            raise EngineError("generate() was called while another generate() of this engine is still being read")
+        self._require_clean()
+        return self._generate(pending)
+
+    def abort(self, keys: Iterable[tuple[int, int]] | None = None) -> None:
+        """Finish requests early, all of them by default: each still yields what it has so far."""
+        if keys is None:
+            keys = [row.request.key for row in self._rows] + [request.key for request in self._pending]
+        self._aborted.update(keys)
+
+    def close(self) -> None:
+        """Give the KV memory back. The engine cannot be used afterwards."""
+        self._rows.clear()
+        self._cache.release()
+
+    # ------------------------------------------------------------ the loop
+
+    def _generate(self, pending: deque[RolloutRequest]) -> Iterator[Sample]:
+        self._is_generating, self._pending = True, pending
+        self._prefixes.expect(request.prompt_ids for request in pending)
+        try:
+            while pending or self._rows:
+                self._require_clean()
+                self._follow_weights()
+                yield from self._take_aborted()
+                yield from self._admit()
+                if self._rows:
+                    yield from self._step()
+        finally:
+            for request in pending:
+                self._prefixes.release(request.prompt_ids)
+            pending.clear()
+            self._rows.clear()
+            self._aborted.clear()
+            self._sampling, self._is_generating = None, False
+
+    @torch.inference_mode()
+    def _admit(self) -> list[Sample]:
+        """Fill free slots, each new row with the prefix of its prompt and its first token."""
+        num_running = len(self._rows)
+        num_new = min(self._config.max_running_requests - num_running, len(self._pending))
+        if num_new == 0:
+            return []
+        requests = [self._pending.popleft() for _ in range(num_new)]
+        prefixes = self._prefixes.take([request.prompt_ids for request in requests])
+        slots: dict[tuple[int, ...], list[int]] = {}
+        for slot, request in enumerate(requests, start=num_running):
+            limit = min(len(request.prompt_ids) + request.sampling.max_new_tokens, self._context_length)
+            row = Row(request, limit, list(request.prompt_ids))
+            row.set_version(self._version)
+            self._rows.append(row)
+            slots.setdefault(request.prompt_ids, []).append(slot)
+        for request, prefix in zip(requests, prefixes, strict=True):
+            if (siblings := slots.pop(request.prompt_ids, None)) is not None:
+                self._place(prefix, siblings)
+        self._sampling = None
+
+        device = self._decoder.device
+        sampling = RowSampling.of([request.sampling for request in requests], self._rule, device)
+        logits_BMV = torch.stack([prefix.logits_V for prefix in prefixes])[:, None]
+        first_B = torch.tensor([len(request.prompt_ids) for request in requests], device=device)
+        emitted = self._choose(logits_BMV, sampling, first_B, None)
+        return self._commit(range(num_running, num_running + num_new), emitted, None)
+
+    def _place(self, prefix: Prefix, slots: list[int]) -> None:
+        self._cache.reserve(prefix.kv.keys.shape[3])
+        self._cache.write(slots, prefix.kv)
+        if self._eagle is not None and prefix.draft_kv is not None and prefix.last_aux_A is not None:
+            self._eagle.admit(slots, prefix.draft_kv, prefix.last_aux_A)
+
+    @torch.inference_mode()
+    def _step(self) -> list[Sample]:
+        """One target forward: every row's last token and its drafts; then as many tokens as stand."""
+        rows, device = self._rows, self._decoder.device
+        if self._sampling is None:
+            self._sampling = RowSampling.of([row.request.sampling for row in rows], self._rule, device)
+        proposal = self._propose()
+        depth = 0 if proposal is None else proposal.tokens_BK.shape[1]
+        lengths = [len(row.tokens) for row in rows]
+        length_B = torch.tensor(lengths, device=device)
+        tokens_BM = torch.tensor([row.tokens[-1:] for row in rows], device=device)
+        positions_BM = length_B[:, None] - 1
+        if proposal is not None:
+            tokens_BM = torch.cat((tokens_BM, proposal.tokens_BK), dim=1)
+            positions_BM = positions_BM + torch.arange(depth + 1, device=device)
+        logits_BMV = self._forward(tokens_BM, positions_BM, max(lengths) + depth)
+        emitted = self._choose(logits_BMV, self._sampling, length_B, proposal)
+        return self._commit(range(len(rows)), emitted, proposal.num_drafts if proposal else [0] * len(rows))
+
+    def _forward(self, tokens_BM: torch.Tensor, positions_BM: torch.Tensor, view_length: int) -> torch.Tensor:
+        """Logits [B, M, V] of the first rows' tokens; K, V and captured states are kept."""
+        self._cache.reserve(view_length)
+        view = self._cache.view(len(tokens_BM), view_length)
+        capture = self._eagle.capture if self._eagle is not None else ()
+        out = self._decoder.forward(tokens_BM, positions_BM, view, numerics=self._numerics, capture=capture)
+        if self._eagle is not None and out.aux_BMA is not None:
+            self._eagle.reserve(view_length)
+            self._eagle.record(positions_BM, out.aux_BMA)
+        return self._decoder.logits(out.hidden_BMH, self._numerics)
+
+    def _choose(
+        self, logits_BMV: torch.Tensor, sampling: RowSampling, first_B: torch.Tensor, proposal: Proposal | None
+    ) -> Emitted:
+        verified = sampling.choose(logits_BMV, first_B, proposal)
+        logprobs_BM = sampling.logprobs(logits_BMV, verified.tokens_BM)
+        return Emitted(verified.tokens_BM.tolist(), verified.num_accepted_B.tolist(), logprobs_BM.tolist())
+
+    def _commit(self, slots: range, emitted: Emitted, num_drafts: list[int] | None) -> list[Sample]:
+        """Append the emitted tokens to the rows of `slots`, and take out those that are finished.
+
+        `num_drafts` is None for tokens sampled from a prefill, which no decode statistics count.
+        """
+        finished: list[tuple[int, FinishReason]] = []
+        for index, slot in enumerate(slots):
+            row, num_accepted = self._rows[slot], emitted.num_accepted[index]
+            num_new = min(num_accepted + 1, row.limit - len(row.tokens))
+            tokens = emitted.tokens[index][:num_new]
+            row.add(tokens, emitted.logprobs[index][:num_new])
+            num_kept = self._kept(row, num_new)
+            if num_kept is not None:
+                row.cut(num_new - num_kept)
+                finished.append((slot, FinishReason.STOP))
+            elif len(row.tokens) == row.limit:
+                finished.append((slot, FinishReason.LENGTH))
+            if num_drafts is not None:
+                row.counts.add_step(num_drafts[index], num_accepted, num_new if num_kept is None else num_kept)
+        samples = [self._rows[slot].sample(reason) for slot, reason in finished]
+        self._remove([slot for slot, _ in finished])
+        return samples
+
+    def _kept(self, row: Row, num_new: int) -> int | None:
+        sampling = row.request.sampling
+        stop_ids = self._eos.union(sampling.stop_token_ids) if sampling.stop_token_ids else self._eos
+        response = row.tokens[row.prompt_len :] if sampling.stop else row.tokens
+        return kept_before_stop(response, num_new, stop_ids, sampling.stop, self._detokenize)
+
+    def _remove(self, slots: Iterable[int]) -> None:
+        """Rows stay compact: the last one takes a removed one's place."""
+        for slot in sorted(slots, reverse=True):
+            last = self._rows.pop()
+            if slot < len(self._rows):
+                num_positions = len(last.tokens) - 1
+                self._rows[slot] = last
+                self._cache.move(len(self._rows), slot, num_positions)
+                if self._eagle is not None:
+                    self._eagle.move(len(self._rows), slot, num_positions)
+            self._sampling = None
+
+    # ------------------------------------------------------------ between steps
+
+    @torch.inference_mode()
+    def _follow_weights(self) -> None:
+        """After a sync nothing computed under older weights is used: running rows are computed again whole."""
+        if self._receiver.version == self._version:
+            return
+        self._version = self._receiver.version
+        self._prefixes.clear()
+        if not self._rows:
+            return
+        device = self._decoder.device
+        width = max(len(row.tokens) for row in self._rows) - 1
+        padded = [row.tokens[:-1] + [0] * (width + 1 - len(row.tokens)) for row in self._rows]
+        positions_BM = torch.arange(width, device=device).expand(len(padded), -1)
+        self._forward(torch.tensor(padded, device=device), positions_BM, width)
+        if self._eagle is not None:
+            self._eagle.forget(len(self._rows))
+        for row in self._rows:
+            row.set_version(self._version)
+
+    def _take_aborted(self) -> list[Sample]:
+        if not self._aborted:
+            return []
+        slots = [slot for slot, row in enumerate(self._rows) if row.request.key in self._aborted]
+        samples = [self._rows[slot].sample(FinishReason.ABORT) for slot in slots]
+        with torch.inference_mode():
+            self._remove(slots)
+        for request in [request for request in self._pending if request.key in self._aborted]:
+            self._pending.remove(request)
+            self._prefixes.release(request.prompt_ids)
+            samples.append(Sample(request, (), (), (), FinishReason.ABORT))
+        self._aborted.clear()
+        return samples
+
+    def _propose(self) -> Proposal | None:
+        depth = self._config.speculative_num_steps
+        if self._eagle is None or depth == 0 or self._sampling is None:
+            return None
+        return self._eagle.propose(self._rows, depth, self._sampling)
+
+    def _check(self, request: RolloutRequest) -> None:
+        prompt_len, sampling = len(request.prompt_ids), request.sampling
+        name = f"request (prompt {request.prompt_id}, sample {request.sample_id})"
+        if prompt_len == 0:
+            raise ValueError(f"{name}: the prompt is empty")
+        if prompt_len >= self._context_length:
+            raise ValueError(f"{name}: {prompt_len} prompt tokens leave no room in a context of {self._context_length}")
+        if sampling.max_new_tokens < 1:
+            raise ValueError(f"{name}: max_new_tokens = {sampling.max_new_tokens}, at least 1 is needed")
+        if sampling.stop and self._detokenize is None:
+            raise ValueError(f"{name}: stop strings need an engine with a detokenizer; use stop_token_ids")
+
+    def _require_clean(self) -> None:
+        if self._receiver.dirty:
+            raise EngineError(
+                "the engine's weights are a mixture of versions: sync a complete version before generating"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class Emitted:
+    """One step's result on the host: per row M candidate tokens, of which num_accepted + 1 stand."""
+
+    tokens: list[list[int]]
+    num_accepted: list[int]
+    logprobs: list[list[float]]
