@@ -1,0 +1,94 @@
+"""A run's folder: refused when it exists, its settings readable again, its metrics cut on resume."""
+
+from __future__ import annotations
+
+import json
+import math
+import tomllib
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+
+from trainer.config import ConfigError, DataConfig, PolicyConfig, RunConfig
+from trainer.run_dir import append_metrics, check_run_dir, cut_metrics, make_run_dir
+from trainer.toml_writer import to_toml
+
+
+def config_in(tmp_path: Path, **changes: object) -> RunConfig:
+    return replace(RunConfig(name="first", run_dir=str(tmp_path / "runs")), **changes)
+
+
+def test_the_resolved_settings_read_back(tmp_path: Path) -> None:
+    policy = PolicyConfig(lr=1e-6, megatron={"fp8": "e4m3", "moe": {"aux loss": 0.1}, "layers": (1, 2)})
+    config = config_in(tmp_path, policy=policy, data=DataConfig(prompt_data='a "quoted" \\ path\n\u00e9\U0001f680'))
+    run = make_run_dir(config)
+    read = tomllib.loads(run.config_file.read_text(encoding="utf-8"))
+    assert read == json.loads(json.dumps(asdict(config))), "tuples read back as lists"
+
+
+def test_toml_values_and_keys() -> None:
+    values = {
+        "text": 'tab\t quote" slash\\ nul\x00 del\x7f line\u2028 rocket\U0001f680',
+        "floats": [0.1, 1e-300, 1e16, -0.0, float("inf"), float("-inf")],
+        "bools": [True, False],
+        "big": 2**62,
+        "empty": [],
+        "rows": [{"a": 1, "b c": [2]}, {}],
+        "dotted.key": 1,
+        "": 2,
+        "nested": {"empty": {}, "deep er": {"x": 1}},
+    }
+    assert tomllib.loads(to_toml(values)) == values
+    assert math.isnan(tomllib.loads(to_toml({"x": float("nan")}))["x"])
+    with pytest.raises(TypeError, match=r"a\.b: TOML cannot hold a NoneType"):
+        to_toml({"a": {"b": None}})
+
+
+def test_an_existing_run_is_refused_unless_resumed(tmp_path: Path) -> None:
+    run = make_run_dir(config_in(tmp_path))
+    with pytest.raises(ConfigError, match=r"runs/first exists already: .*--resume.*--name") as error:
+        make_run_dir(config_in(tmp_path, seed=1))
+    assert "\n" not in str(error.value)
+    first_settings = run.config_file.read_text()
+    make_run_dir(config_in(tmp_path, seed=1, resume=True))
+    assert run.config_file.read_text() == first_settings
+    assert tomllib.loads((run.path / "config.resumed.toml").read_text())["seed"] == 1
+    make_run_dir(config_in(tmp_path, name="second"))
+
+
+def test_nothing_to_resume_is_said_and_nothing_is_made(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"runs/first holds no run to resume"):
+        make_run_dir(config_in(tmp_path, resume=True))
+    check_run_dir(config_in(tmp_path))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_place_that_is_not_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "runs").write_text("a file")
+    with pytest.raises(ConfigError, match=r"cannot be used as run folder: Not a directory; choose another --run-dir"):
+        make_run_dir(config_in(tmp_path))
+
+
+def test_metrics_are_cut_after_the_checkpoint(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    for step in range(5):
+        append_metrics(path, {"step": step, "reward": 0.5})
+    whole = path.read_text().splitlines()
+    with open(path, "a") as file:
+        file.write('{"step": 5, "rew')  # killed while writing
+    cut_metrics(path, after_step=2)
+    assert path.read_text().splitlines() == whole[:3]
+    append_metrics(path, {"step": 3, "reward": 0.5})
+    assert path.read_text().splitlines() == whole[:4]
+    cut_metrics(path, after_step=-1)
+    assert path.read_text() == ""
+    cut_metrics(tmp_path / "absent.jsonl", after_step=0)
+
+
+def test_a_broken_line_inside_is_not_dropped_in_silence(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 0}\nnonsense\n{"step": 2}\n')
+    with pytest.raises(ConfigError, match=r"metrics\.jsonl line 2 is not a metrics record"):
+        cut_metrics(path, after_step=2)
+    assert path.read_text().count("\n") == 3

@@ -1,0 +1,110 @@
+"""The folder that a run leaves behind, and the rules for making, refusing and resuming one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sync.atomic import write_file
+from trainer.config import ConfigError, RunConfig
+from trainer.toml_writer import to_toml
+
+
+@dataclass(frozen=True, slots=True)
+class RunDir:
+    """`runs/NAME`: where everything of one run lies."""
+
+    path: Path
+
+    @property
+    def config_file(self) -> Path:
+        """The resolved settings of the first start; a resumed run's are beside it in `config.resumed.toml`."""
+        return self.path / "config.toml"
+
+    @property
+    def metrics_file(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def report_file(self) -> Path:
+        return self.path / "report.html"
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.path / "tensorboard"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def policy(self) -> Path:
+        return self.path / "policy"
+
+    @property
+    def draft(self) -> Path:
+        return self.path / "draft"
+
+
+def check_run_dir(config: RunConfig) -> RunDir:
+    """The run's folder, checked and not yet made: call it before heavy work.
+
+    Raises ConfigError when it holds something and the run does not resume, or when there is nothing to resume.
+    """
+    run = RunDir(Path(config.run_dir) / config.name)
+    try:
+        occupied = run.path.exists() and any(run.path.iterdir())
+    except OSError as error:
+        raise _unusable(run, error) from error
+    if occupied and not config.resume:
+        raise ConfigError(f"{run.path} exists already: continue it with --resume, or choose another --name")
+    if config.resume and not occupied:
+        raise ConfigError(f"{run.path} holds no run to resume: check --name and --run-dir, or drop --resume")
+    return run
+
+
+def make_run_dir(config: RunConfig) -> RunDir:
+    """Check, make the folder and write the resolved settings. For rank zero. Raises ConfigError."""
+    run = check_run_dir(config)
+    try:
+        run.path.mkdir(parents=True, exist_ok=True)
+        # The first start's settings stay, so that a resumed run that differs can be compared with them.
+        resumed = config.resume and run.config_file.exists()
+        write_file(run.path / "config.resumed.toml" if resumed else run.config_file, to_toml(config))
+    except OSError as error:
+        raise _unusable(run, error) from error
+    return run
+
+
+def _unusable(run: RunDir, error: OSError) -> ConfigError:
+    return ConfigError(f"{run.path} cannot be used as run folder: {error.strerror}; choose another --run-dir")
+
+
+def append_metrics(path: Path, record: Mapping[str, Any]) -> None:
+    """Add one line; it has left the process when this returns, so a kill loses no finished step."""
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+def cut_metrics(path: Path, after_step: int) -> None:
+    """Drop the lines of steps above `after_step`, and a last line that a kill left unfinished. Atomic.
+
+    A run resumed from the checkpoint of `after_step` writes them again; from no checkpoint, pass -1.
+    Raises ConfigError for a line inside the file that is not a record.
+    """
+    if not path.exists():
+        return
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    if lines and not lines[-1].endswith("\n"):
+        lines.pop()
+    write_file(path, "".join(line for number, line in enumerate(lines, 1) if _step(path, number, line) <= after_step))
+
+
+def _step(path: Path, number: int, line: str) -> int:
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, LookupError, TypeError) as error:
+        raise ConfigError(f"{path} line {number} is not a metrics record: mend or remove it to resume") from error
