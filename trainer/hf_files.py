@@ -67,19 +67,30 @@ def write_checkpoint(directory: Path, tensors: Mapping[str, torch.Tensor], sourc
 
     Everything that is not a weight file (tokenizer, generation config, chat template) is copied from `source`;
     config.json takes `dtype`, because Transformers loads in the dtype that it names. Above 5 GB it is sharded.
+    Raises OSError, and leaves no partial folder, when it cannot be written.
     """
-    from huggingface_hub import save_torch_state_dict  # only rank 0 needs it
-
     aside = directory.with_name(f".{directory.name}.{os.getpid()}.tmp")
     shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
+    try:
+        _fill(aside, tensors, source, dtype)
+    except (OSError, SafetensorError) as error:  # safetensors reports a full disk in its own type
+        shutil.rmtree(aside, ignore_errors=True)
+        raise OSError(f"{directory}: the policy cannot be saved ({error})") from error
+    _replace(aside, directory)
+
+
+def _fill(directory: Path, tensors: Mapping[str, torch.Tensor], source: Path, dtype: str) -> None:
+    from huggingface_hub import save_torch_state_dict  # only rank 0 needs it
+
+    directory.mkdir(parents=True)
     for path in source.iterdir():
         if path.is_file() and not path.name.endswith(_WEIGHT_SUFFIXES):
-            shutil.copyfile(path, aside / path.name)
+            shutil.copyfile(path, directory / path.name)
     config = {key: value for key, value in read_config(source).items() if key != "torch_dtype"}
-    (aside / "config.json").write_text(json.dumps(config | {"dtype": dtype}, indent=2) + "\n")
-    save_torch_state_dict(dict(tensors), aside, max_shard_size="5GB", metadata={"format": "pt"})
-    _replace(aside, directory)
+    (directory / "config.json").write_text(json.dumps(config | {"dtype": dtype}, indent=2) + "\n")
+    # copies, since safetensors refuses tensors that share memory, as views of Megatron's fused parameters do
+    copies = {name: tensor.to("cpu", copy=True) for name, tensor in tensors.items()}
+    save_torch_state_dict(copies, directory, max_shard_size="5GB", metadata={"format": "pt"})
 
 
 def _replace(aside: Path, directory: Path) -> None:

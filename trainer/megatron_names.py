@@ -1,4 +1,4 @@
-"""Hugging Face <-> Megatron-core: settings, parameter names and tensor-parallel layouts. Pure; imports no Megatron.
+"""Hugging Face <-> Megatron-core: parameter names and tensor-parallel layouts. Pure; imports no Megatron.
 
 Dense Qwen3, Qwen2 (bias on q, k, v) and Llama. Megatron fuses q, k, v per query group ([q..., k, v] of group 0, then of
 group 1, ...) and gate with up ([gate; up] on every rank); with pipeline parallelism layer numbers are local to a stage.
@@ -7,18 +7,11 @@ group 1, ...) and gate with up ([gate; up] on every rank); with pipeline paralle
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
-from typing import Any
 
 import torch
-
-from trainer.config import ConfigError
-
-SUPPORTED_MODEL_TYPES = ("qwen3", "qwen2", "llama")
-# the only scaling that Megatron-core's rotary embedding hard-codes (Llama 3)
-_LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
 
 class Layout(Enum):
@@ -128,49 +121,3 @@ def merge(rule: Rule, shards: Sequence[torch.Tensor], heads: Heads) -> dict[str,
 
 def _cat(shards: Sequence[torch.Tensor], dim: int) -> torch.Tensor:
     return shards[0] if len(shards) == 1 else torch.cat(list(shards), dim=dim)
-
-
-def rope_settings(hf_config: Mapping[str, Any]) -> dict[str, Any]:
-    """GPTModel's rotary arguments. Raises ConfigError for a scaling that Megatron-core does not compute."""
-    # transformers 5 writes rope_parameters; earlier files carry rope_theta and rope_scaling
-    rope = {"rope_theta": hf_config.get("rope_theta", 10000.0), **(hf_config.get("rope_scaling") or {})}
-    rope |= hf_config.get("rope_parameters") or {}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    settings: dict[str, Any] = {"rotary_base": rope["rope_theta"]}
-    if kind == "default":
-        return settings
-    if kind == "llama3" and all(rope.get(key) == value for key, value in _LLAMA3_ROPE.items()):
-        return settings | {"rope_scaling": True, "rope_scaling_factor": rope["factor"]}
-    raise ConfigError(f"config.json: rope scaling {rope} is not supported by Megatron-core; use default or Llama 3's")
-
-
-def transformer_settings(hf_config: Mapping[str, Any]) -> dict[str, Any]:
-    """TransformerConfig's architecture fields from a Hugging Face config.json.
-
-    Raises ConfigError for an architecture other than dense Qwen3, Qwen2 or Llama.
-    """
-    model_type = hf_config.get("model_type")
-    if model_type not in SUPPORTED_MODEL_TYPES:
-        known = ", ".join(SUPPORTED_MODEL_TYPES)
-        raise ConfigError(f"config.json: model_type {model_type!r} is not supported; use one of {known}")
-    for key in ("attention_bias", "mlp_bias", "use_sliding_window"):
-        if hf_config.get(key):
-            raise ConfigError(f"config.json: {key} = true is not supported for {model_type}")
-    if hf_config.get("hidden_act", "silu") != "silu":
-        raise ConfigError(f"config.json: hidden_act {hf_config['hidden_act']!r} is not supported; only silu is")
-    num_heads = hf_config["num_attention_heads"]
-    return {
-        "num_layers": hf_config["num_hidden_layers"],
-        "hidden_size": hf_config["hidden_size"],
-        "ffn_hidden_size": hf_config["intermediate_size"],
-        "num_attention_heads": num_heads,
-        "num_query_groups": hf_config.get("num_key_value_heads") or num_heads,
-        "kv_channels": hf_config.get("head_dim") or hf_config["hidden_size"] // num_heads,
-        "layernorm_epsilon": hf_config.get("rms_norm_eps", 1e-6),
-        "qk_layernorm": model_type == "qwen3",
-        "add_qkv_bias": model_type == "qwen2",
-        "normalization": "RMSNorm",
-        "gated_linear_unit": True,
-        "activation_func": torch.nn.functional.silu,
-        "add_bias_linear": False,
-    }

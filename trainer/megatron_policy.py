@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import difflib
 import math
+import queue
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial, wraps
@@ -17,22 +17,22 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
 
 from draft_models.types import DraftSample
 from rollout_engine.types import Sample
-from trainer import distributed, losses, megatron_names, optimizer_resume, packing
+from trainer import distributed, losses, megatron_names, megatron_settings, optimizer_resume, packing
 from trainer.config import AlgorithmConfig, ConfigError, PolicyConfig
-from trainer.hf_files import HFWeights, read_config, write_checkpoint
+from trainer.hf_files import read_config, write_checkpoint
 from trainer.megatron_cpu import cuda_as_cpu
 from trainer.megatron_layers import PackedCausalAttention, RMSNorm
 from trainer.policy_batch import (
-    MAX_NAMES,
-    SUM_NAMES,
     MicroBatch,
     Report,
     empty_report,
     make_micro_batch,
     policy_loss,
+    reduce_reports,
     sequence_length,
 )
 from trainer.policy_capture import (
@@ -43,6 +43,8 @@ from trainer.policy_capture import (
     choose_captured,
     draft_sample_bytes,
 )
+from trainer.policy_layout import Axis, RankLayout
+from trainer.policy_weights import WeightMap, collect, load_weights
 from trainer.vocab_parallel import log_probs_and_entropy
 
 with cuda_as_cpu(), warnings.catch_warnings():
@@ -52,6 +54,7 @@ with cuda_as_cpu(), warnings.catch_warnings():
     megatron.core.jit.disable_jit_fuser()  # before the rest: compiling the fusions costs seconds and a compiler
     from megatron.core import dist_checkpointing
     from megatron.core import parallel_state as mpu
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
     from megatron.core.distributed import (
         DistributedDataParallel,
         DistributedDataParallelConfig,
@@ -68,8 +71,6 @@ with cuda_as_cpu(), warnings.catch_warnings():
     from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
     from megatron.core.transformer.transformer_config import TransformerConfig
     from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
-
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class PolicyUpdateError(RuntimeError):
@@ -95,76 +96,35 @@ def _megatron_runs(method: Callable[..., Any]) -> Callable[..., Any]:
     return inside
 
 
-def _init_model_parallel(config: PolicyConfig) -> None:
-    tp, pp = config.tensor_model_parallel_size, config.pipeline_model_parallel_size
-    world = distributed.world_size()
-    if world % (tp * pp):
-        raise ConfigError(
-            f"policy: {world} ranks cannot be cut into tensor_model_parallel_size = {tp} x "
-            f"pipeline_model_parallel_size = {pp}; start a multiple of {tp * pp} ranks"
-        )
+def _init_model_parallel(config: PolicyConfig, device: torch.device) -> RankLayout:
     if mpu.is_initialized():
         mpu.destroy_model_parallel()
-    mpu.initialize_model_parallel(tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp)
+    mpu.initialize_model_parallel(
+        tensor_model_parallel_size=config.tensor_model_parallel_size,
+        pipeline_model_parallel_size=config.pipeline_model_parallel_size,
+    )
     # Megatron's layers ask for this tracker; without dropout nothing is drawn from it
     model_parallel_cuda_manual_seed(0, inference_rng_tracker=True, force_reset_rng=True)
+    groups = (
+        mpu.get_tensor_model_parallel_group(),
+        mpu.get_data_parallel_group(),
+        mpu.get_pipeline_model_parallel_group(),
+    )
+    tp, dp, pp = (Axis(group.rank(), group.size(), group) for group in groups)
+    return RankLayout(tp, dp, pp, device)
 
 
 def _transformer_config(config: PolicyConfig, hf_config: Mapping[str, Any]) -> TransformerConfig:
-    """From the checkpoint, the `[policy]` table and, on top, `[policy.megatron]`."""
-    dtype = _DTYPES[config.dtype]
-    pp = config.pipeline_model_parallel_size
-    owned = megatron_names.transformer_settings(hf_config) | {
-        "params_dtype": dtype,
-        "pipeline_dtype": dtype,
-        "bf16": dtype == torch.bfloat16,
-        "tensor_model_parallel_size": config.tensor_model_parallel_size,
-        "pipeline_model_parallel_size": pp,
-        "sequence_parallel": config.sequence_parallel and config.tensor_model_parallel_size > 1,
-        "calculate_per_token_loss": True,  # the loss is a sum; finalize_model_grads divides by the global token count
-        "finalize_model_grads_func": finalize_model_grads,
-        "hidden_dropout": 0.0,
-        "attention_dropout": 0.0,
-        "variable_seq_lengths": pp > 1,  # packed micro-batches differ in length
-    }
-    defaults = {
-        "use_cpu_initialization": not torch.cuda.is_available(),
-        # though every parameter is read from the checkpoint: the initialisation also marks tensor-parallel parameters,
-        # without which the gradient norm leaves out the other ranks' parts
-        "perform_initialization": True,
-        "batch_p2p_comm": False,
-        "masked_softmax_fusion": False,  # the fusions need Apex or CUDA extensions
-        "gradient_accumulation_fusion": False,
-        "bias_activation_fusion": False,
-        "moe_token_dispatcher_type": "alltoall",  # Megatron demands it for variable lengths, dense or not
-    }
-    if config.recompute:
-        defaults |= {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
-    _check_megatron_keys(config.megatron, owned)
+    known = {field.name for field in dataclasses.fields(TransformerConfig)}
+    fields = megatron_settings.config_fields(config, hf_config, known)
     try:
-        return TransformerConfig(**(owned | defaults | config.megatron))
+        return TransformerConfig(**fields, finalize_model_grads_func=finalize_model_grads)
     except (ValueError, AssertionError) as error:
         raise ConfigError(f"[policy] and [policy.megatron] do not fit together: {error}") from error
 
 
-def _check_megatron_keys(given: Mapping[str, Any], owned: Mapping[str, Any]) -> None:
-    known = [field.name for field in dataclasses.fields(TransformerConfig)]
-    for key in given:
-        if key in owned:
-            raise ConfigError(f"policy.megatron.{key} is set from the checkpoint or from [policy]; remove it")
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise ConfigError(f"policy.megatron.{key} is not a field of Megatron's TransformerConfig{hint}")
-
-
-def _build_model(config: TransformerConfig, hf_config: Mapping[str, Any], device: torch.device) -> GPTModel:
-    """This rank's stage and slice, weights unset."""
-    if hf_config["vocab_size"] % config.tensor_model_parallel_size:
-        raise ConfigError(
-            f"policy.tensor_model_parallel_size = {config.tensor_model_parallel_size} does not divide "
-            f"the vocabulary of {hf_config['vocab_size']}; choose one that does"
-        )
+def _build_model(config: TransformerConfig, hf_config: Mapping[str, Any], layout: RankLayout) -> GPTModel:
+    """This rank's stage and slice; the weights are yet to be loaded."""
     layer = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization="RMSNorm")
     attention = layer.submodules.self_attention.submodules
     attention.core_attention = PackedCausalAttention
@@ -176,13 +136,13 @@ def _build_model(config: TransformerConfig, hf_config: Mapping[str, Any], device
         TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=RMSNorm),
         vocab_size=hf_config["vocab_size"],
         max_sequence_length=hf_config["max_position_embeddings"],
-        pre_process=mpu.is_pipeline_first_stage(),
-        post_process=mpu.is_pipeline_last_stage(),
+        pre_process=layout.is_first_stage,
+        post_process=layout.is_last_stage,
         position_embedding_type="rope",
         share_embeddings_and_output_weights=hf_config.get("tie_word_embeddings", False),
-        **megatron_names.rope_settings(hf_config),
+        **megatron_settings.rope_settings(hf_config),
     )
-    return model.to(device)
+    return model.to(layout.device)
 
 
 class MegatronPolicy:
@@ -202,135 +162,60 @@ class MegatronPolicy:
         `train_iters` is the number of optimizer steps of the run; the learning-rate schedule uses it where
         `config.lr_decay_iters` is 0. Raises ConfigError for settings or weights that do not fit.
         """
-        if config.dtype not in _DTYPES:
-            raise ConfigError(f"policy.dtype {config.dtype!r} is not supported; use one of {', '.join(_DTYPES)}")
         losses.check_kl_loss_type(algorithm.kl_loss_type)
         self.config, self.algorithm = config, algorithm
-        self.device = distributed.init_distributed()
-        _init_model_parallel(config)
-        self.hf_folder = Path(hf_checkpoint)
-        self.hf_config = read_config(self.hf_folder)
+        self._hf_folder = Path(hf_checkpoint)
+        self.hf_config = read_config(self._hf_folder)
+        device = distributed.init_distributed()
+        megatron_settings.check_layout(config, self.hf_config["vocab_size"], distributed.world_size())
+        self.layout = _init_model_parallel(config, device)
         self.megatron_config = _transformer_config(config, self.hf_config)
-        self._heads = megatron_names.Heads(self.megatron_config.num_query_groups, self.megatron_config.kv_channels)
-        self._tied = self.hf_config.get("tie_word_embeddings", False)
+        self._weight_map = WeightMap(
+            megatron_names.Heads(self.megatron_config.num_query_groups, self.megatron_config.kv_channels),
+            get_transformer_layer_offset(self.megatron_config),
+            self.hf_config.get("tie_word_embeddings", False),
+            self.layout,
+        )
         self._num_updates = 0
-
-        self._model = self._load_model(self.hf_folder)
+        self._model = self._load_model(self._hf_folder)
         self._reference: GPTModel | None = None
         if algorithm.use_kl_loss:
-            self._reference = self._load_model(Path(config.ref_load) if config.ref_load else self.hf_folder)
+            self._reference = self._load_model(Path(config.ref_load) if config.ref_load else self._hf_folder)
             self._reference.requires_grad_(False)
         self._build_optimizer(train_iters)
 
     def _load_model(self, folder: Path) -> GPTModel:
-        model = _build_model(self.megatron_config, self.hf_config, self.device)
-        message = None
-        try:
-            self._read_weights(model, HFWeights(folder))
-        except ConfigError as error:
-            message = str(error)
-        if message := distributed.first_message(message):
-            raise ConfigError(message)
+        model = _build_model(self.megatron_config, self.hf_config, self.layout)
+        load_weights(model, folder, self._weight_map)
         return model
-
-    @torch.no_grad()
-    def _read_weights(self, model: GPTModel, weights: HFWeights) -> None:
-        for name, param in model.named_parameters():
-            rule = self._rule(name)
-            full = [weights[hf_name] for hf_name in rule.hf_names]
-            part = megatron_names.shard(rule, full, self._heads, self.tp_rank, self.tp_size)
-            if part.shape != param.shape:
-                raise ConfigError(
-                    f"{self.hf_folder}: {', '.join(rule.hf_names)} has shape {tuple(part.shape)} on this rank, "
-                    f"but config.json asks for {tuple(param.shape)}"
-                )
-            param.copy_(part)
 
     def _build_optimizer(self, train_iters: int) -> None:
         """After the weights are in: the fp32 master copies of a bf16 policy are taken here."""
-        config, dtype = self.config, _DTYPES[self.config.dtype]
         ddp_config = DistributedDataParallelConfig(
-            grad_reduce_in_fp32=True, use_distributed_optimizer=config.use_distributed_optimizer
+            grad_reduce_in_fp32=True, use_distributed_optimizer=self.config.use_distributed_optimizer
         )
         self._ddp = DistributedDataParallel(self.megatron_config, ddp_config, self._model)
-        optimizer_config = OptimizerConfig(
-            optimizer="adam",
-            lr=config.lr,
-            min_lr=config.min_lr,
-            weight_decay=config.weight_decay,
-            adam_beta1=config.adam_beta1,
-            adam_beta2=config.adam_beta2,
-            adam_eps=config.adam_eps,
-            clip_grad=config.clip_grad,
-            bf16=dtype == torch.bfloat16,
-            params_dtype=dtype,
-            use_distributed_optimizer=config.use_distributed_optimizer,
-        )
+        optimizer_config = OptimizerConfig(**megatron_settings.optimizer_fields(self.config))
         self._optimizer = get_megatron_optimizer(
             optimizer_config, [self._ddp], config_overrides=get_standard_config_overrides(optimizer_config)
         )
         self.megatron_config.grad_scale_func = self._optimizer.scale_loss
-        decay_steps = config.lr_decay_iters or train_iters
-        self._scheduler = OptimizerParamScheduler(
-            self._optimizer,
-            init_lr=0.0,
-            max_lr=config.lr,
-            min_lr=config.min_lr,
-            lr_warmup_steps=config.lr_warmup_iters,
-            lr_decay_steps=decay_steps,
-            lr_decay_style=config.lr_decay_style,
-            start_wd=config.weight_decay,
-            end_wd=config.weight_decay,
-            wd_incr_steps=decay_steps,
-            wd_incr_style="constant",
-        )
-
-    # ---- where this rank is ----
-
-    @property
-    def tp_rank(self) -> int:
-        return mpu.get_tensor_model_parallel_rank()
-
-    @property
-    def tp_size(self) -> int:
-        return mpu.get_tensor_model_parallel_world_size()
-
-    @property
-    def dp_rank(self) -> int:
-        return mpu.get_data_parallel_rank()
-
-    @property
-    def dp_size(self) -> int:
-        return mpu.get_data_parallel_world_size()
-
-    @property
-    def pp_rank(self) -> int:
-        return mpu.get_pipeline_model_parallel_rank()
-
-    @property
-    def pp_size(self) -> int:
-        return mpu.get_pipeline_model_parallel_world_size()
+        schedule = megatron_settings.scheduler_fields(self.config, train_iters)
+        self._scheduler = OptimizerParamScheduler(self._optimizer, **schedule)
 
     @property
     def is_draft_rank(self) -> bool:
         """Whether this rank gets draft samples: it is on the last pipeline stage."""
-        return mpu.is_pipeline_last_stage()
+        return self.layout.is_last_stage
 
     @property
     def draft_group(self) -> dist.ProcessGroup:
         """The ranks whose draft samples differ: this rank's data-parallel group."""
-        return mpu.get_data_parallel_group()
+        return self.layout.dp.group
 
     @property
     def hidden_size(self) -> int:
         return self.megatron_config.hidden_size
-
-    @property
-    def _tp_group(self) -> dist.ProcessGroup | None:
-        return mpu.get_tensor_model_parallel_group() if self.tp_size > 1 else None
-
-    def _rule(self, name: str) -> megatron_names.Rule:
-        return megatron_names.rule_for(name, get_transformer_layer_offset(self.megatron_config), tied=self._tied)
 
     # ---- the update ----
 
@@ -342,9 +227,9 @@ class MegatronPolicy:
         served the rollout. Raises PolicyUpdateError on every rank when a loss or gradient is not finite; that
         step is not taken.
         """
-        ordered = sorted(samples, key=lambda s: s.request.key)
-        if not any(sample.token_ids for sample in ordered):
-            raise PolicyUpdateError(f"no response token to learn from in {len(ordered)} samples")
+        ordered = sorted((s for s in samples if s.token_ids), key=lambda s: s.request.key)
+        if not ordered:
+            raise PolicyUpdateError(f"no response token to learn from in {len(samples)} samples")
         steps = self._plan(ordered)
         batches = [batch for step in steps for batch in step]
         recorder = self._recorder(ordered, batches, capture) if capture else None
@@ -361,11 +246,11 @@ class MegatronPolicy:
             reports += step_reports
         self._num_updates += 1
 
-        metrics = self._metrics(reports) | {"grad_norm": sum(grad_norms) / len(grad_norms), "lr": lr}
+        metrics = reduce_reports(reports, self.layout) | {"grad_norm": sum(grad_norms) / len(grad_norms), "lr": lr}
         if recorder is None or capture is None:
             return PolicyUpdate(metrics, [])
-        if self.pp_size > 1:
-            recorder.bring_to_last_stage(mpu.get_pipeline_model_parallel_group())
+        if self.layout.pp.size > 1:
+            recorder.bring_to_last_stage()
         metrics |= self._count_dropped(batches, recorder)
         return PolicyUpdate(metrics, recorder.draft_samples(ordered, capture) if self.is_draft_rank else [])
 
@@ -373,13 +258,13 @@ class MegatronPolicy:
         """This rank's micro-batches of each optimizer step."""
         parts = packing.split_evenly(len(samples), min(self.algorithm.num_steps_per_rollout, len(samples)))
         # sequence parallelism cuts the packed tokens over the tensor-parallel ranks
-        multiple = self.tp_size if self.megatron_config.sequence_parallel else 1
+        multiple = self.layout.tp.size if self.megatron_config.sequence_parallel else 1
         steps = []
         for part in parts:
             lengths = [sequence_length(samples[i]) for i in part]
-            mine = packing.pack(lengths, self.config.max_tokens_per_gpu, self.dp_size)[self.dp_rank]
+            mine = packing.pack(lengths, self.config.max_tokens_per_gpu, self.layout.dp.size)[self.layout.dp.rank]
             indices = [[part[j] for j in micro_batch] for micro_batch in mine]
-            steps.append([make_micro_batch(samples, i, multiple, self.device) for i in indices])
+            steps.append([make_micro_batch(samples, i, multiple, self.layout.device) for i in indices])
         return steps
 
     def _run(
@@ -428,9 +313,9 @@ class MegatronPolicy:
 
         def reduce_output(logits_1TV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, Report]:
             if recorder:
-                recorder.keep_logits(logits_1TV[0], batch, self._tp_group)
+                recorder.keep_logits(logits_1TV[0], batch)
             loss, report = self._batch_loss(logits_1TV[0], batch, objective)
-            num_tokens = torch.tensor(report.num_tokens, dtype=torch.int, device=self.device)
+            num_tokens = torch.tensor(report.num_tokens, dtype=torch.int, device=self.layout.device)
             return loss, num_tokens, report
 
         return output, reduce_output
@@ -439,9 +324,11 @@ class MegatronPolicy:
         self, logits_TV: torch.Tensor, batch: MicroBatch, objective: Callable[..., tuple[torch.Tensor, Report]]
     ) -> tuple[torch.Tensor, Report]:
         if not len(batch.targets_R):
-            return logits_TV.sum() * 0.0, empty_report(self.device)  # keeps the backward's collectives in step
+            return logits_TV.sum() * 0.0, empty_report(self.layout.device)  # keeps the backward's collectives in step
         logits_RV = logits_TV.index_select(0, batch.rows_R)
-        logp_R, entropy_R = log_probs_and_entropy(logits_RV, batch.targets_R, batch.temperature_R, self._tp_group)
+        logp_R, entropy_R = log_probs_and_entropy(
+            logits_RV, batch.targets_R, batch.temperature_R, self.layout.vocab_group
+        )
         return objective(batch, logp_R, entropy_R)
 
     def _loss(
@@ -490,28 +377,6 @@ class MegatronPolicy:
         self._scheduler.step(increment=1)
         return grad_norm
 
-    def _metrics(self, reports: Sequence[Report]) -> dict[str, float]:
-        """Token-weighted over all micro-batches, steps and ranks; made on the last stage, sent to the others."""
-        sums = torch.zeros(1 + len(SUM_NAMES), dtype=torch.float64, device=self.device)
-        maxima = torch.zeros(len(MAX_NAMES), dtype=torch.float64, device=self.device)
-        for report in reports:
-            sums[0] += report.num_tokens
-            sums[1:] += report.sums
-            maxima = torch.maximum(maxima, report.maxima)
-        dist.all_reduce(sums, group=mpu.get_data_parallel_group())
-        dist.all_reduce(maxima, op=dist.ReduceOp.MAX, group=mpu.get_data_parallel_group())
-        if self.pp_size > 1:
-            for values in (sums, maxima):
-                last = mpu.get_pipeline_model_parallel_last_rank()
-                dist.broadcast(values, src=last, group=mpu.get_pipeline_model_parallel_group())
-        num_tokens = float(sums[0])
-        means = (sums[1:] / num_tokens).tolist()
-        return (
-            {"num_tokens": num_tokens}
-            | dict(zip(SUM_NAMES, means, strict=True))
-            | dict(zip(MAX_NAMES, maxima.tolist(), strict=True))
-        )
-
     # ---- capture ----
 
     def _recorder(
@@ -520,7 +385,7 @@ class MegatronPolicy:
         num_layers = self.megatron_config.num_layers
         if max(capture.aux_layer_ids) >= num_layers:
             raise ConfigError(f"draft.aux_layer_ids {capture.aux_layer_ids}: the policy has {num_layers} layers")
-        element_bytes = _DTYPES[self.config.dtype].itemsize
+        element_bytes = self.megatron_config.params_dtype.itemsize
         num_bytes = {
             i: draft_sample_bytes(
                 sequence_length(samples[i]), self.hidden_size, self.hf_config["vocab_size"], element_bytes
@@ -528,7 +393,7 @@ class MegatronPolicy:
             for batch in batches
             for i in batch.sample_indices
         }
-        offset = get_transformer_layer_offset(self.megatron_config)
+        offset = self._weight_map.layer_offset
         layers = self._model.decoder.layers
         modules = {aux_name(k): layers[k - offset] for k in capture.aux_layer_ids if 0 <= k - offset < len(layers)}
         if self._model.pre_process:
@@ -537,20 +402,14 @@ class MegatronPolicy:
             modules=modules,
             hidden_size=self.hidden_size,
             chosen=choose_captured(num_bytes, capture.max_bytes, self._num_updates),
-            gather_sequence=self._gather_sequence,
+            layout=self.layout,
+            sequence_parallel=self.megatron_config.sequence_parallel,
         )
-
-    def _gather_sequence(self, hidden: torch.Tensor) -> torch.Tensor:
-        if not self.megatron_config.sequence_parallel:
-            return hidden
-        parts = [torch.empty_like(hidden) for _ in range(self.tp_size)]
-        dist.all_gather(parts, hidden.contiguous(), group=self._tp_group)
-        return torch.cat(parts)
 
     def _count_dropped(self, batches: Sequence[MicroBatch], recorder: StageRecorder) -> dict[str, float]:
         num_samples = sum(len(batch.sample_indices) for batch in batches)
-        counts = torch.tensor([len(recorder.chosen), num_samples - len(recorder.chosen)], device=self.device)
-        dist.all_reduce(counts, group=mpu.get_data_parallel_group())
+        counts = torch.tensor([len(recorder.chosen), num_samples - len(recorder.chosen)], device=self.layout.device)
+        dist.all_reduce(counts, group=self.layout.dp.group)
         return {"draft_samples_captured": float(counts[0]), "draft_samples_dropped": float(counts[1])}
 
     # ---- weights and state ----
@@ -561,53 +420,26 @@ class MegatronPolicy:
 
         They may share memory with the parameters: copy what is to outlive the next update.
         """
-        return self._collect(torch.Tensor.detach)
+        return collect(self._model, self._weight_map, torch.Tensor.detach)
 
-    def _collect(self, value_of: Callable[[torch.nn.Parameter], torch.Tensor]) -> dict[str, torch.Tensor]:
-        """A tensor of every parameter (its value, its gradient) in Hugging Face form, on global rank 0."""
-        if self.dp_rank != 0:
-            return {}
-        stage: dict[str, torch.Tensor] = {}
-        for name, param in self._model.named_parameters():
-            rule = self._rule(name)
-            if self._tied and name == "output_layer.weight":
-                continue  # a copy of the first stage's embedding
-            stage |= megatron_names.merge(rule, self._gather_shards(rule, value_of(param)), self._heads)
-        if self.pp_size > 1 and self.tp_rank == 0:
-            stage = self._send_to_first_stage(stage)
-        return stage if distributed.rank() == 0 else {}
+    @_megatron_runs
+    def export_gradients(self) -> dict[str, torch.Tensor]:
+        """The last step's gradients, clipped, as `export_weights` gives the weights.
 
-    def _gather_shards(self, rule: megatron_names.Rule, part: torch.Tensor) -> list[torch.Tensor]:
-        if self.tp_size == 1 or rule.layout is megatron_names.Layout.COPY:
-            return [part]
-        parts = [torch.empty_like(part, memory_format=torch.contiguous_format) for _ in range(self.tp_size)]
-        dist.all_gather(parts, part.contiguous(), group=self._tp_group)
-        return parts
-
-    def _send_to_first_stage(self, stage: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        group = mpu.get_pipeline_model_parallel_group()
-        described: list[list[tuple[str, torch.Size, torch.dtype]]] = [[] for _ in range(self.pp_size)]
-        dist.all_gather_object(described, [(name, t.shape, t.dtype) for name, t in stage.items()], group=group)
-        if self.pp_rank > 0:
-            for tensor in stage.values():
-                dist.send(tensor.contiguous(), group=group, group_dst=0)
-            return {}
-        for source in range(1, self.pp_size):
-            for name, shape, dtype in described[source]:
-                stage[name] = torch.empty(shape, dtype=dtype, device=self.device)
-                dist.recv(stage[name], group=group, group_src=source)
-        return stage
+        Not with the distributed optimizer, where a rank holds the sums of its own share only.
+        """
+        return collect(self._model, self._weight_map, lambda param: param.main_grad)
 
     @_megatron_runs
     def save_hf(self, directory: str | Path) -> None:
         """Writes a folder that `AutoModelForCausalLM` and the tokenizer load; an existing one is replaced."""
-        weights = self._collect(torch.Tensor.detach)
+        weights = collect(self._model, self._weight_map, torch.Tensor.detach)
         message = None
         if distributed.rank() == 0:
             try:
-                write_checkpoint(Path(directory), weights, self.hf_folder, self.config.dtype)
+                write_checkpoint(Path(directory), weights, self._hf_folder, self.config.dtype)
             except OSError as error:
-                message = f"{directory}: the policy could not be saved: {error}"
+                message = str(error)
         if message := distributed.first_message(message):
             raise OSError(message)
 
@@ -636,7 +468,13 @@ class MegatronPolicy:
             Path(directory).mkdir(parents=True, exist_ok=True)
         dist.barrier()
         state, metadata = self._sharded_state(is_loading=False)
-        dist_checkpointing.save(state, str(directory), content_metadata=metadata)
+        # this save is synchronous: results need no queue between processes, and Megatron's own is a manager process
+        # that would outlive a killed run
+        filesystem_async._results_queue = queue.Queue()
+        try:
+            dist_checkpointing.save(state, str(directory), content_metadata=metadata)
+        except CheckpointException as error:
+            raise OSError(f"{directory}: the policy's state could not be saved: {error}") from error
 
     @_megatron_runs
     def load(self, directory: str | Path) -> None:

@@ -9,10 +9,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 
 from rollout_engine.types import Sample
 from trainer import losses
 from trainer.config import AlgorithmConfig
+from trainer.policy_layout import RankLayout
 
 # what a micro-batch reports: sums over response tokens, and maxima
 SUM_NAMES = ("loss", "entropy", "clip_frac", "kl", "logp_diff_mean", "ratio_mean", "tis_mean", "tis_clip_frac")
@@ -153,3 +155,24 @@ def empty_report(device: torch.device) -> Report:
     """For a micro-batch without response tokens."""
     sums = torch.zeros(len(SUM_NAMES), dtype=torch.float64, device=device)
     return Report((), 0, sums, torch.zeros(len(MAX_NAMES), dtype=torch.float64, device=device), {})
+
+
+def reduce_reports(reports: Sequence[Report], layout: RankLayout) -> dict[str, float]:
+    """Token-weighted means, and maxima, over all micro-batches, steps and ranks; the same on every rank. Collective.
+
+    Reports exist on the last pipeline stage; the earlier ones are sent the result.
+    """
+    sums = torch.zeros(1 + len(SUM_NAMES), dtype=torch.float64, device=layout.device)
+    maxima = torch.zeros(len(MAX_NAMES), dtype=torch.float64, device=layout.device)
+    for report in reports:
+        sums[0] += report.num_tokens
+        sums[1:] += report.sums
+        maxima = torch.maximum(maxima, report.maxima)
+    dist.all_reduce(sums, group=layout.dp.group)
+    dist.all_reduce(maxima, op=dist.ReduceOp.MAX, group=layout.dp.group)
+    if layout.pp.size > 1:
+        for values in (sums, maxima):
+            dist.broadcast(values, group=layout.pp.group, group_src=layout.pp.size - 1)
+    num_tokens, *totals = sums.tolist()
+    means = {name: total / num_tokens for name, total in zip(SUM_NAMES, totals, strict=True)}
+    return {"num_tokens": num_tokens} | means | dict(zip(MAX_NAMES, maxima.tolist(), strict=True))

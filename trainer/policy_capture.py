@@ -17,6 +17,7 @@ from torch import nn
 from draft_models.types import DraftSample
 from rollout_engine.types import Sample
 from trainer.policy_batch import MicroBatch
+from trainer.policy_layout import RankLayout, all_gather_cat
 
 _GOLDEN = (math.sqrt(5) - 1) / 2
 EMBEDS, LOGITS = "embeds", "logits"
@@ -57,13 +58,14 @@ def choose_captured(num_bytes: Mapping[int, int], max_bytes: int, turn: int) -> 
 class StageRecorder:
     """Copies rows of the chosen samples from this pipeline stage's modules while a micro-batch runs.
 
-    `gather_sequence` makes [T, 1, H] of the [T / ranks, 1, H] that a module puts out under sequence parallelism.
+    Under sequence parallelism a module puts out [T / ranks, 1, H]; the parts are gathered first.
     """
 
     modules: dict[str, nn.Module]
     hidden_size: int
     chosen: frozenset[int]
-    gather_sequence: Callable[[torch.Tensor], torch.Tensor]
+    layout: RankLayout
+    sequence_parallel: bool
     rows: dict[str, dict[int, torch.Tensor]] = field(default_factory=dict)
     _spans: dict[int, tuple[int, int]] | None = None
 
@@ -90,35 +92,40 @@ class StageRecorder:
             if self._spans is None:
                 return
             hidden = output[0] if isinstance(output, tuple) else output  # a decoder layer returns (hidden, context)
-            self.keep(name, self.gather_sequence(hidden.detach())[:, 0], self._spans)
+            rows = hidden.detach()
+            if self.sequence_parallel:
+                rows = all_gather_cat(rows, self.layout.tp.group, dim=0)
+            self._keep(name, rows[:, 0], self._spans)
 
         return record
 
-    def keep(self, name: str, rows_TX: torch.Tensor, spans: Mapping[int, tuple[int, int]]) -> None:
+    def _keep(self, name: str, rows_TX: torch.Tensor, spans: Mapping[int, tuple[int, int]]) -> None:
         kept = self.rows.setdefault(name, {})
         for i, (start, end) in spans.items():
             kept[i] = rows_TX[start:end].clone()  # a view would keep the whole activation alive
 
-    def keep_logits(self, logits_TV: torch.Tensor, batch: MicroBatch, group: dist.ProcessGroup | None) -> None:
-        """Rows of the output layer, gathered over the tensor-parallel group to the whole vocabulary."""
+    def keep_logits(self, logits_TV: torch.Tensor, batch: MicroBatch) -> None:
+        """Rows of the output layer, gathered over the tensor-parallel ranks to the whole vocabulary."""
         for i, (start, end) in batch.spans.items():
             if i in self.chosen:
                 part = logits_TV[start:end].detach()
-                self.keep(LOGITS, _gather_vocabulary(part, group), {i: (0, end - start)})
+                if self.layout.vocab_group:
+                    part = all_gather_cat(part, self.layout.vocab_group, dim=-1)
+                self._keep(LOGITS, part, {i: (0, end - start)})
 
-    def bring_to_last_stage(self, group: dist.ProcessGroup) -> None:
-        """Sends what earlier pipeline stages recorded to the last one, one message a stage. Collective in `group`."""
-        names: list[list[str]] = [[] for _ in range(group.size())]
+    def bring_to_last_stage(self) -> None:
+        """Sends what earlier pipeline stages recorded to the last one, one message a stage. Collective there."""
+        group, pp = self.layout.pp.group, self.layout.pp
+        names: list[list[str]] = [[] for _ in range(pp.size)]
         dist.all_gather_object(names, [name for name in self.rows if name != LOGITS], group=group)
         order = sorted(self.chosen)
-        last = group.size() - 1
-        if group.rank() < last and names[group.rank()] and order:
-            message = torch.cat(
-                [torch.cat([self.rows[name][i] for i in order]) for name in names[group.rank()]], dim=-1
-            )
-            dist.send(message, group=group, group_dst=last)
-        elif group.rank() == last and order:
-            self._receive(names[:last], order, group)
+        if not order:
+            return
+        if self.layout.is_last_stage:
+            self._receive(names[:-1], order, group)
+        elif names[pp.rank]:
+            blocks = [torch.cat([self.rows[name][i] for i in order]) for name in names[pp.rank]]
+            dist.send(torch.cat(blocks, dim=-1), group=group, group_dst=pp.size - 1)
 
     def _receive(self, names: Sequence[Sequence[str]], order: Sequence[int], group: dist.ProcessGroup) -> None:
         lengths = [self.rows[LOGITS][i].shape[0] for i in order]
@@ -149,11 +156,3 @@ class StageRecorder:
             seed=request.sampling.seed,
             policy_version=sample.policy_versions[-1].version,
         )
-
-
-def _gather_vocabulary(part_TV: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
-    if group is None:
-        return part_TV
-    parts = [torch.empty_like(part_TV) for _ in range(group.size())]
-    dist.all_gather(parts, part_TV.contiguous(), group=group)
-    return torch.cat(parts, dim=-1)
