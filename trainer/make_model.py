@@ -1,0 +1,297 @@
+"""`slipstream make-model`: a small seeded policy with a real tokenizer, as a Hugging Face folder.
+
+The weights come from a short supervised warm start on a synthetic task, or stay random. With
+`eps_residual` the output projections of layers >= 2 are scaled down, which makes a policy that a one-layer
+draft can follow: a synthetic subject for speed measurements, and labelled so in its config.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from random import Random
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+
+from trainer.config import ConfigError
+from trainer.suggest import nearest
+from trainer.tasks import EVAL_START, TRAIN_START, WARM_START_START, Task, get_task
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+MODEL_TYPES = ("qwen3", "qwen2", "llama")
+EOS, PAD = "<|end|>", "<|pad|>"
+# A prompt that already ends in the newline and one that went through the template are the same text.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if message.role == 'assistant' %}{{ message.content + eos_token }}"
+    "{% else %}{{ message.content | trim + '\\n' }}{% endif %}"
+    "{% endfor %}"
+)
+_VOCAB_MULTIPLE = 64  # so that the vocabulary divides over any small tensor-parallel size
+_BUCKET_BATCHES = 8  # batches drawn together and sorted by length, so that little of a batch is padding
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """Sizes of one preset. Layers >= 7, so that SGLang's default capture layers are three distinct ones."""
+
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    intermediate_size: int
+
+
+PRESETS = {
+    "3m": Shape(192, 7, 6, 2, 32, 512),
+    "10m": Shape(320, 8, 10, 2, 32, 896),
+    "30m": Shape(512, 10, 8, 4, 64, 1408),
+    "100m": Shape(768, 16, 12, 4, 64, 2112),
+    "300m": Shape(1024, 24, 16, 8, 64, 3072),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class MakeModelConfig:
+    """What to make. The same config gives the same weights, except when the warm start is bounded in seconds."""
+
+    out: Path
+    size: str = "3m"
+    task: str = "sort"
+    seed: int = 0
+    model_type: str = "qwen3"
+    tie_word_embeddings: bool = False
+    context_length: int = 256
+    vocab_size: int = 320  # of the tokenizer; the model's is rounded up to a multiple of 64
+    warm_start_steps: int = 0
+    warm_start_s: float = 0.0  # > 0: stop after these seconds instead of after a number of steps
+    batch_size: int = 32
+    lr: float = 3e-3
+    eps_residual: float = 1.0  # scale of o_proj and down_proj in layers >= 2
+    num_train_prompts: int = 4096
+    num_eval_prompts: int = 128
+
+
+@dataclass(frozen=True, slots=True)
+class WarmStartProgress:
+    step: int
+    loss: float  # mean negative log-likelihood per answer token, nats
+    elapsed_s: float
+
+
+Report = Callable[[WarmStartProgress], None]
+
+
+def make_model(config: MakeModelConfig, report: Report = lambda progress: None) -> Path:
+    """Write the folder (weights, config, tokenizer, train.jsonl, eval.jsonl, README.md) and return its path.
+
+    Everything is written aside and renamed, so a folder that exists is whole. `ConfigError`: an unknown size,
+    task or architecture, or a folder that exists already.
+    """
+    check(config)
+    task = get_task(config.task)
+    tokenizer = train_tokenizer(task, config)
+    with torch.random.fork_rng():
+        torch.manual_seed(config.seed)
+        model = build(config, tokenizer)
+        if config.warm_start_steps or config.warm_start_s:
+            warm_start(model, tokenizer, task, config, report)
+    config.out.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(prefix=f".{config.out.name}-", dir=config.out.parent))
+    try:
+        _write(aside, model, tokenizer, task, config)
+        os.replace(aside, config.out)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return config.out
+
+
+def check(config: MakeModelConfig) -> None:
+    """`ConfigError` for anything that cannot be made, before anything heavy."""
+    if config.size not in PRESETS:
+        raise ConfigError(
+            f"--size {config.size!r} is unknown{nearest(config.size, PRESETS)}; sizes: {', '.join(PRESETS)}"
+        )
+    if config.model_type not in MODEL_TYPES:
+        known = ", ".join(MODEL_TYPES)
+        raise ConfigError(
+            f"--model-type {config.model_type!r} is unknown{nearest(config.model_type, MODEL_TYPES)}; types: {known}"
+        )
+    get_task(config.task)
+    if config.out.exists():
+        raise ConfigError(f"--out {config.out} exists already; choose another folder or remove it")
+    if config.warm_start_steps and config.warm_start_s:
+        raise ConfigError("--warm-start-steps and --warm-start-seconds exclude each other; give one")
+
+
+def train_tokenizer(task: Task, config: MakeModelConfig) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer of the task's own seeded text, with eos, pad and a chat template."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=config.vocab_size,
+        special_tokens=[EOS, PAD],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    text = ("".join(task.demonstration(config.seed, WARM_START_START + i)) for i in range(1000))
+    tokenizer.train_from_iterator(text, trainer)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token=EOS, pad_token=PAD, model_max_length=config.context_length
+    )
+    fast.chat_template = CHAT_TEMPLATE
+    return fast
+
+
+def build(config: MakeModelConfig, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
+    """The model with random weights from torch's global generator, residual branches scaled."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    shape = PRESETS[config.size]
+    hf_config = AutoConfig.for_model(
+        config.model_type,
+        vocab_size=-(-len(tokenizer) // _VOCAB_MULTIPLE) * _VOCAB_MULTIPLE,
+        hidden_size=shape.hidden_size,
+        num_hidden_layers=shape.num_layers,
+        num_attention_heads=shape.num_heads,
+        num_key_value_heads=shape.num_kv_heads,
+        head_dim=shape.head_dim,
+        intermediate_size=shape.intermediate_size,
+        max_position_embeddings=config.context_length,
+        tie_word_embeddings=config.tie_word_embeddings,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=None,
+    )
+    model = AutoModelForCausalLM.from_config(hf_config, dtype=torch.float32)
+    with torch.no_grad():
+        for layer in model.model.layers[2:]:
+            layer.self_attn.o_proj.weight.mul_(config.eps_residual)
+            layer.mlp.down_proj.weight.mul_(config.eps_residual)
+    return model
+
+
+def warm_start(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    task: Task,
+    config: MakeModelConfig,
+    report: Report = lambda progress: None,
+) -> None:
+    """Imitate the task's demonstrations (with their mistakes); the loss is on the answer and its end token."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, betas=(0.9, 0.95), weight_decay=0.01)
+    start = time.perf_counter()
+    model.train()
+    for step, (input_ids_BT, labels_BT) in enumerate(_batches(tokenizer, task, config)):
+        elapsed_s = time.perf_counter() - start
+        done = elapsed_s / config.warm_start_s if config.warm_start_s else step / config.warm_start_steps
+        if done >= 1:
+            break
+        for group in optimizer.param_groups:
+            group["lr"] = config.lr * _schedule(step, done)
+        logits_BTV = model(input_ids=input_ids_BT).logits
+        loss = F.cross_entropy(logits_BTV[:, :-1].flatten(0, 1), labels_BT[:, 1:].flatten(), ignore_index=-100)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        report(WarmStartProgress(step + 1, loss.item(), elapsed_s))
+    model.eval()
+
+
+def _schedule(step: int, done: float) -> float:
+    """Linear warm-up over 30 steps, then linear decay to a tenth."""
+    return min(1.0, (step + 1) / 30) * (1.0 - 0.9 * done)
+
+
+def _batches(
+    tokenizer: PreTrainedTokenizerFast, task: Task, config: MakeModelConfig
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Endless ([B, T] token ids, [B, T] labels, -100 where there is no loss), right-padded, of similar lengths.
+
+    No attention mask is needed: padding stands behind everything that is scored.
+    """
+    row = WARM_START_START
+    rng = Random(config.seed)
+    while True:
+        pool = []
+        for _ in range(_BUCKET_BATCHES * config.batch_size):
+            prompt, response = task.demonstration(config.seed, row)
+            prompt_ids = tokenizer.encode(prompt)
+            pool.append((prompt_ids, [*tokenizer.encode(response), tokenizer.eos_token_id]))
+            row += 1
+        pool.sort(key=lambda pair: len(pair[0]) + len(pair[1]))
+        starts = list(range(0, len(pool), config.batch_size))
+        rng.shuffle(starts)
+        for start in starts:
+            yield _pad(pool[start : start + config.batch_size], tokenizer.pad_token_id)
+
+
+def _pad(rows: list[tuple[list[int], list[int]]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+    width = max(len(prompt) + len(answer) for prompt, answer in rows)
+    ids, labels = [], []
+    for prompt, answer in rows:
+        fill = width - len(prompt) - len(answer)
+        ids.append(prompt + answer + [pad_id] * fill)
+        labels.append([-100] * len(prompt) + answer + [-100] * fill)
+    return torch.tensor(ids), torch.tensor(labels)
+
+
+def _write(
+    folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, task: Task, config: MakeModelConfig
+) -> None:
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # a second bar inside the command's own display
+    model.config.slipstream = _provenance(model, config)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    for name, start, count in (
+        ("train.jsonl", TRAIN_START, config.num_train_prompts),
+        ("eval.jsonl", EVAL_START, config.num_eval_prompts),
+    ):
+        write_prompts(folder / name, task, config.seed, start, count)
+    (folder / "README.md").write_text(_readme(model.config.slipstream), encoding="utf-8")
+    folder.chmod(0o755)
+
+
+def write_prompts(path: Path, task: Task, seed: int, start: int, count: int) -> None:
+    """`count` rows {"prompt": ..., "label": ...} from row `start` on."""
+    with path.open("w", encoding="utf-8") as file:
+        for index in range(start, start + count):
+            problem = task.problem(seed, index)
+            file.write(json.dumps({"prompt": problem.prompt, "label": problem.label}) + "\n")
+
+
+def _provenance(model: PreTrainedModel, config: MakeModelConfig) -> dict[str, Any]:
+    made_by = {key: value for key, value in asdict(config).items() if key != "out"}
+    synthetic = config.eps_residual != 1.0 or not (config.warm_start_steps or config.warm_start_s)
+    return {**made_by, "synthetic": synthetic, "num_parameters": model.num_parameters()}
+
+
+def _readme(provenance: dict[str, Any]) -> str:
+    what = f"A {provenance['num_parameters'] / 1e6:.1f}M-parameter {provenance['model_type']} policy"
+    if provenance["synthetic"]:
+        how = (
+            "SYNTHETIC: its weights are random, or its upper residual branches are scaled. It is a subject for "
+            "speed measurements and says nothing about language."
+        )
+    else:
+        how = f"Warm-started on demonstrations of the task {provenance['task']!r}, mistakes included."
+    settings = json.dumps(provenance, indent=2)
+    return f"# {what}\n\nMade by `slipstream make-model`. {how}\n\n```json\n{settings}\n```\n"
