@@ -1,0 +1,175 @@
+"""The draft on disk, in the Hugging Face form (LlamaForCausalLMEagle3) that SGLang and vLLM load.
+
+DIR/config.json and DIR/model.safetensors. A reduced vocabulary adds d2t (int64 offsets, target id - draft id) and t2d
+(bool mask over the target's vocabulary); with the whole vocabulary both are left out, which SGLang's rejection
+sampling asks for.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from draft_models.eagle3 import DraftError, Eagle3, Eagle3Config
+
+CONFIG_NAME = "config.json"
+WEIGHTS_NAME = "model.safetensors"
+ARCHITECTURE = "LlamaForCausalLMEagle3"
+_OPTIONAL = frozenset({"embed_tokens.weight", "t2d"})  # the policy's embedding is used; t2d follows from d2t
+
+
+def save_draft(draft: Eagle3, directory: Path) -> None:
+    """Write the draft so that `directory` holds either what it held before or all of the new one.
+
+    Written aside, synced, renamed. Raises OSError (a full disk, for one); the old directory is then still in place.
+    """
+    directory = directory.absolute()
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    aside = directory.with_name(f".{directory.name}.writing-{os.getpid()}")
+    aside.mkdir()
+    try:
+        _write_files(draft, aside)
+        _swap_in(aside, directory)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def load_draft(directory: Path, target_config: Mapping[str, Any] | None = None) -> Eagle3:
+    """The draft in `directory`, in the dtype of its file, on the CPU.
+
+    Every tensor's name, shape and type is checked, and with `target_config` (the target's config.json) also that draft
+    and target fit. Raises DraftError: which file, which tensor or size, what was expected and what was found.
+    """
+    config = _read_config(directory / CONFIG_NAME)
+    if target_config is not None:
+        check_fit(config, target_config, directory)
+    tensors = _read_tensors(directory / WEIGHTS_NAME, config)
+    target_ids = None
+    if config.is_reduced:
+        target_ids = tensors["d2t"] + torch.arange(config.draft_vocab_size)
+        _check_target_ids(target_ids, config, directory / WEIGHTS_NAME)
+    draft = Eagle3(config, target_ids=target_ids).to(tensors["fc.weight"].dtype)
+    with torch.no_grad():
+        for name, weight in draft.named_parameters():
+            weight.copy_(tensors[name])
+    return draft
+
+
+def check_fit(config: Eagle3Config, target_config: Mapping[str, Any], directory: Path) -> None:
+    """Raises DraftError naming the first size in which a draft and its target differ."""
+    num_layers = int(target_config["num_hidden_layers"])
+    for key, found in (("hidden_size", config.hidden_size), ("vocab_size", config.vocab_size)):
+        if found != int(target_config[key]):
+            raise DraftError(
+                f"{directory / CONFIG_NAME}: {key} is {found}, the target has {target_config[key]}; "
+                "this draft was made for another target"
+            )
+    if max(config.aux_layer_ids) > num_layers - 1 or min(config.aux_layer_ids) < 0:
+        raise DraftError(
+            f"{directory / CONFIG_NAME}: eagle_aux_hidden_state_layer_ids are {list(config.aux_layer_ids)}, "
+            f"the target has layers 0 to {num_layers - 1}"
+        )
+
+
+def _write_files(draft: Eagle3, directory: Path) -> None:
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in draft.named_tensors().items()}
+    save_file(tensors, directory / WEIGHTS_NAME, metadata={"format": "pt"})
+    dtype = str(draft.fc.weight.dtype).removeprefix("torch.")
+    config = draft.config.to_hf() | {"dtype": dtype, "torch_dtype": dtype}
+    (directory / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n")
+    for path in (directory / WEIGHTS_NAME, directory / CONFIG_NAME, directory):
+        _sync_to_disk(path)
+
+
+def _swap_in(aside: Path, directory: Path) -> None:
+    """Rename `aside` to `directory`; a directory that is in the way is moved off first and removed last."""
+    old = directory.with_name(f".{directory.name}.old-{os.getpid()}")
+    if directory.exists():
+        directory.rename(old)
+    try:
+        aside.rename(directory)
+    except OSError:
+        if old.exists():
+            old.rename(directory)
+        raise
+    _sync_to_disk(directory.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _sync_to_disk(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _read_config(path: Path) -> Eagle3Config:
+    try:
+        raw = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise DraftError(f"{path}: no such file; expected the config.json of an EAGLE-3 draft") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise DraftError(f"{path}: cannot be read as JSON: {error}") from None
+    if not isinstance(raw, dict) or ARCHITECTURE not in (raw.get("architectures") or []):
+        found = raw.get("architectures") if isinstance(raw, dict) else type(raw).__name__
+        raise DraftError(f"{path}: expected architectures [{ARCHITECTURE!r}], found {found}")
+    for key, plain in (("num_hidden_layers", 1), ("norm_output", False), ("fc_norm", False), ("attention_bias", False)):
+        if (raw.get(key) or plain) != plain:
+            raise DraftError(f"{path}: {key} is {raw[key]}, only {plain} is supported")
+    try:
+        config = Eagle3Config.from_hf(raw)
+    except KeyError as error:
+        raise DraftError(f"{path}: key {error} is missing") from None
+    if int(raw.get("target_hidden_size") or config.hidden_size) != config.hidden_size:
+        raise DraftError(
+            f"{path}: target_hidden_size is {raw['target_hidden_size']}, hidden_size {config.hidden_size}; "
+            "a draft of another width than its target is not supported"
+        )
+    return config
+
+
+def _read_tensors(path: Path, config: Eagle3Config) -> dict[str, Tensor]:
+    expected = config.tensor_shapes()
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = set(file.keys())
+            missing, extra = sorted(expected.keys() - names - _OPTIONAL), sorted(names - expected.keys() - _OPTIONAL)
+            if missing:
+                raise DraftError(f"{path}: tensor {missing[0]} is missing (expected shape {expected[missing[0]]})")
+            if extra:
+                raise DraftError(f"{path}: tensor {extra[0]} does not belong to an EAGLE-3 draft of this config.json")
+            tensors = {name: file.get_tensor(name) for name in expected if name in names}
+    except FileNotFoundError:
+        raise DraftError(f"{path}: no such file; expected the draft's weights") from None
+    except (OSError, SafetensorError) as error:
+        raise DraftError(f"{path}: cannot be read as safetensors: {error}") from None
+    for name, tensor in tensors.items():
+        _check_tensor(path, name, tensor, expected[name], tensors["fc.weight"].dtype)
+    return tensors
+
+
+def _check_tensor(path: Path, name: str, tensor: Tensor, shape: tuple[int, ...], weight_dtype: torch.dtype) -> None:
+    if tuple(tensor.shape) != shape:
+        raise DraftError(f"{path}: tensor {name} has shape {tuple(tensor.shape)}, expected {shape} by its config.json")
+    dtype = {"d2t": torch.int64, "t2d": torch.bool}.get(name, weight_dtype)
+    if tensor.dtype != dtype or not (dtype.is_floating_point or name in ("d2t", "t2d")):
+        raise DraftError(f"{path}: tensor {name} has type {tensor.dtype}, expected {dtype}")
+
+
+def _check_target_ids(target_ids: Tensor, config: Eagle3Config, path: Path) -> None:
+    ascending = bool((target_ids[1:] > target_ids[:-1]).all())
+    if not ascending or int(target_ids[0]) < 0 or int(target_ids[-1]) >= config.vocab_size:
+        raise DraftError(
+            f"{path}: tensor d2t does not hold offsets (target id - draft id) of ascending target ids "
+            f"below {config.vocab_size}"
+        )
