@@ -58,6 +58,13 @@ def test_running_batch_is_weighted_by_time():
     assert m.running_by_time([(1.0, 6)], end_s=4.0, num_bins=4) == [0.0, 6.0, 6.0, 6.0]
 
 
+def test_running_requests_follow_from_finish_times():
+    # three requests on two slots: the third starts when the first ends
+    points = m.running_from_finishes([3.0, 1.0, 4.0], num_slots=2)
+    assert points == [(0.0, 2), (1.0, 2), (3.0, 1), (4.0, 0)]
+    assert m.running_by_time(points, end_s=4.0, num_bins=4) == [2.0, 2.0, 2.0, 1.0]
+
+
 def test_logp_diff_pairs_tokens():
     got = m.logp_diff([[-1.0, -2.0], [-3.0]], [[-1.0, -2.5], [-3.1]])
     assert got["logp_diff_mean"] == pytest.approx(0.2)

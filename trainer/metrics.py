@@ -93,6 +93,16 @@ def length_metrics(lengths: Sequence[int]) -> dict[str, Any]:
     }
 
 
+def running_from_finishes(finish_s: Sequence[float], num_slots: int) -> list[tuple[float, int]]:
+    """Running requests over time, from when each of the requests finished (all submitted at 0).
+
+    An engine that refills a free slot at once runs min(slots, unfinished) requests.
+    """
+    total = len(finish_s)
+    points = [(0.0, min(num_slots, total))]
+    return points + [(t, min(num_slots, total - i)) for i, t in enumerate(sorted(finish_s), start=1)]
+
+
 def running_by_time(points: Sequence[tuple[float, int]], end_s: float, num_bins: int) -> list[float]:
     """Time-weighted mean number of running requests in `num_bins` equal parts of [0, end_s].
 

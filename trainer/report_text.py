@@ -1,0 +1,165 @@
+"""What the report says in words: every sentence is computed from the metrics lines, none is a claim of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from trainer.progress import phase_seconds
+
+Lines = Sequence[Mapping[str, Any]]
+
+RULES = {
+    "greedy": "greedy: a draft token is kept when it is the policy's own argmax. Exact at temperature 0.",
+    "target_only": "target-only: the draft's argmax is kept with the policy's probability of it, else a token is "
+    "drawn from the policy without it. Exact: the tokens follow the policy's law.",
+    "rejection": "rejection sampling: a token drawn from the draft is kept with min(1, p/q), else one is drawn from "
+    "the positive part of p - q. Exact: the tokens follow the policy's law.",
+    "coupled": "coupled: policy and draft share the random noise, and a draft token is kept when both choose it. "
+    "Exact, and the tokens are those of plain decoding.",
+}
+
+
+def rule_name(config: Mapping[str, Any]) -> str:
+    """The verification rule that a run's settings lead to: a key of RULES, or "none" without speculation."""
+    rollout = config.get("rollout", {})
+    if rollout.get("speculative_algorithm", "NONE").upper() == "NONE":
+        return "none"
+    if rollout.get("temperature") == 0:
+        return "greedy"
+    if rollout["speculative_algorithm"].upper() == "NGRAM" and rollout.get("verify_rule") == "rejection":
+        return "target_only"  # a point-mass proposal: rejection and target-only are the same rule
+    return rollout.get("verify_rule", "none")
+
+
+def values(lines: Lines, key: str) -> list[float]:
+    return [line[key] for line in lines if key in line]
+
+
+def window(count: int) -> int:
+    """How many steps at either end are averaged for a run's start and end: a fifth of them, at most five."""
+    return max(1, min(5, count // 5))
+
+
+def start_and_end(lines: Lines, key: str) -> tuple[float, float] | None:
+    """Means over the first and over the last `window` steps that have the metric; None without any."""
+    found = values(lines, key)
+    if not found:
+        return None
+    n = window(len(found))
+    return sum(found[:n]) / n, sum(found[-n:]) / n
+
+
+def change(lines: Lines, key: str, name: str, spec: str = ".2f") -> str:
+    """One sentence: from where to where a metric went."""
+    ends = start_and_end(lines, key)
+    if ends is None:
+        return f"{name} was not recorded in this run."
+    count = len(values(lines, key))
+    if count == 1:
+        return f"{name} was {ends[0]:{spec}} in the one step that recorded it."
+    n = window(count)
+    how = "first and last step" if n == 1 else f"means of the first and last {n} steps"
+    return f"{name} went from {ends[0]:{spec}} to {ends[1]:{spec}} ({how})."
+
+
+def accept_length(lines: Lines) -> str:
+    text = change(lines, "accept_length", "Accept length")
+    frozen = [line for line in lines if "frozen_accept_length" in line and "accept_length" in line]
+    if frozen:
+        last = frozen[-1]
+        text += (
+            f" At step {last['step']} the trained draft had {last['accept_length']:.2f} tokens per verify step; "
+            f"the frozen one would have had {last['frozen_accept_length']:.2f}."
+        )
+    return text
+
+
+def forecast(lines: Lines) -> str:
+    """How far the learner's expectation was from what the engine showed, at worst."""
+    both = [line for line in lines if "accept_length" in line and "predicted_accept_length" in line]
+    if not both:
+        return "The learner's expectation was not recorded in this run."
+    worst = max(both, key=lambda line: abs(line["accept_length"] - line["predicted_accept_length"]))
+    gap = abs(worst["accept_length"] - worst["predicted_accept_length"])
+    return (
+        f"The largest gap between predicted and observed accept length was {gap:.2f}, at step {worst['step']} "
+        f"({worst['predicted_accept_length']:.2f} predicted, {worst['accept_length']:.2f} observed)."
+    )
+
+
+def logp_gap(lines: Lines) -> str:
+    maxima = [line for line in lines if "logp_diff_max" in line]
+    if not maxima:
+        return "The log-probabilities were not compared in this run."
+    worst = max(maxima, key=lambda line: line["logp_diff_max"])
+    mean = max(values(lines, "logp_diff_mean"), default=None)
+    text = f"The largest difference of any token was {worst['logp_diff_max']:.2g} nats, at step {worst['step']}"
+    return text + (f"; the largest mean of a step was {mean:.2g}." if mean is not None else ".")
+
+
+def speed(lines: Lines) -> str:
+    """Speed against plain decoding at the last probe, and why it is what it is."""
+    probes = [line for line in lines if "speedup_vs_plain" in line]
+    if not probes:
+        return (
+            "Plain decoding was not measured in this run; plain_probe_interval = N rolls out every N-th step's prompts "
+            "once more without speculation."
+        )
+    last = probes[-1]
+    ratio = last["speedup_vs_plain"]
+    text = (
+        f"At step {last['step']} the rollout ran at {ratio:.2f} times the speed of plain decoding of the same prompts. "
+    )
+    if "tokens_per_forward" not in last:
+        return text.strip()
+    gain = last["tokens_per_forward"]
+    cost = gain / ratio
+    text += (
+        f"A forward of the policy gave a sequence {gain:.2f} tokens, and took {cost:.2f} times as long as a plain one"
+    )
+    if ratio < 1:
+        return text + (
+            f": drafting and verifying cost more than they brought, so speculation was slower here. It would break "
+            f"even at {cost:.2f} tokens per forward, or with a cheaper forward: a larger policy or a smaller batch, "
+            "where the time goes into reading weights and further tokens are nearly free."
+        )
+    return text + ": the tokens brought more than drafting and verifying cost, so speculation was faster."
+
+
+def anatomy(lines: Lines) -> str:
+    totals: dict[str, float] = {}
+    for line in lines:
+        for name, seconds in phase_seconds(line).items():
+            totals[name] = totals.get(name, 0.0) + seconds
+    if not totals:
+        return "The time of the phases was not recorded in this run."
+    whole = sum(totals.values())
+    shares = ", ".join(f"{n} {s / whole:.1%}" for n, s in sorted(totals.items(), key=lambda item: -item[1]))
+    return f"{whole:.1f} s in all: {shares}."
+
+
+def lengths(lines: Lines) -> str:
+    last = lines[-1]
+    if "response_len_max" not in last or "response_len_p50" not in last:
+        return "Response lengths were not recorded in the last step."
+    text = (
+        f"In the last step half of the responses had at most {last['response_len_p50']} tokens and the longest had "
+        f"{last['response_len_max']}."
+    )
+    cut = last.get("finish_reasons", {}).get("length", 0)
+    total = sum(last.get("finish_reasons", {}).values())
+    return text + (f" {cut} of {total} were cut off by the length limit." if total else "")
+
+
+def running(lines: Lines) -> str:
+    profiles = [line for line in lines if "running_batch" in line]
+    if not profiles:
+        return "The running batch was not recorded in this run."
+    profile = profiles[-1]["running_batch"]
+    peak = max(profile)
+    thin = sum(n <= peak / 4 for n in profile) / len(profile)
+    return (
+        f"At step {profiles[-1]['step']} the batch peaked at {peak:.0f} running requests; during {thin:.0%} of the "
+        "rollout's time a quarter of that or less was running."
+    )
