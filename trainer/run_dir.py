@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from sync.atomic import write_file
 from trainer.config import ConfigError, RunConfig
@@ -81,12 +79,6 @@ def make_run_dir(config: RunConfig) -> RunDir:
 
 def _unusable(run: RunDir, error: OSError) -> ConfigError:
     return ConfigError(f"{run.path} cannot be used as run folder: {error.strerror}; choose another --run-dir")
-
-
-def append_metrics(path: Path, record: Mapping[str, Any]) -> None:
-    """Add one line; it has left the process when this returns, so a kill loses no finished step."""
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
 
 
 def cut_metrics(path: Path, after_step: int) -> None:
