@@ -1,0 +1,237 @@
+"""The draft's learner: one rollout's captured samples in, a better draft out, and what the served draft was worth.
+
+It owns the draft, its optimizer and its own gradient clip. The data comes detached from the policy's forward, so
+nothing here can reach the policy. Learners live on the last pipeline stage; gradients are summed over `group`.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from draft_models.config import DraftConfig
+from draft_models.eagle3 import Eagle3
+from draft_models.forecast import AcceptForecast, forecast_acceptance
+from draft_models.randomness import request_seed
+from draft_models.training import DraftBatch, DraftLoss, accept_posteriors, draft_loss, make_batch
+from draft_models.types import DraftSample, VerifyRule
+from rollout_engine.types import Sample
+
+Key = tuple[int, int]
+
+
+class DraftUpdateError(RuntimeError):
+    """A draft step was refused (loss or gradient not finite); draft and optimizer are as before it."""
+
+
+@dataclass(frozen=True, slots=True)
+class DraftSettings:
+    """What of the run's other settings the draft's training depends on."""
+
+    rule: VerifyRule
+    depth: int  # k of the engine, for the forecast
+    max_new_tokens: int
+    seed: int
+
+
+def plan_updates(samples: Sequence[Sample], config: DraftConfig, seed: int, step: int) -> list[frozenset[Key]]:
+    """Which samples each of this rollout's optimizer steps learns from: disjoint, random, within the token budget.
+
+    A pure function of what every rank knows, so that ranks agree whoever holds a sample. Samples are taken in a
+    shuffled order, dealt round-robin, and a part takes none beyond `max_tokens_per_update` (but always one).
+    """
+    order = sorted(samples, key=lambda s: (request_seed(seed, step, *s.request.key), s.request.key))
+    parts: list[list[Key]] = [[] for _ in range(config.updates_per_step)]
+    tokens = [0] * config.updates_per_step
+    for index, sample in enumerate(order):
+        part = index % config.updates_per_step
+        length = len(sample.request.prompt_ids) + len(sample.token_ids)
+        if not parts[part] or tokens[part] + length <= config.max_tokens_per_update:
+            parts[part].append(sample.request.key)
+            tokens[part] += length
+    return [frozenset(part) for part in parts if part]
+
+
+class DraftLearner:
+    """Trains one EAGLE-3 draft. `group` holds the ranks whose samples differ; None without torch.distributed."""
+
+    def __init__(
+        self, draft: Eagle3, config: DraftConfig, settings: DraftSettings, group: dist.ProcessGroup | None = None
+    ) -> None:
+        self.draft, self.config, self.settings = draft, config, settings
+        self._group = group
+        self._frozen: Eagle3 | None = None
+        self._optimizer = torch.optim.AdamW(
+            draft.parameters(),
+            lr=config.lr,
+            betas=(config.adam_beta1, config.adam_beta2),
+            weight_decay=config.weight_decay,
+        )
+
+    def freeze_copy(self) -> None:
+        """Keep the draft as it is now, to be scored beside the trained one from the next update on."""
+        self._frozen = copy.deepcopy(self.draft).requires_grad_(False)
+
+    def update(self, captured: Sequence[DraftSample], plan: Sequence[frozenset[Key]]) -> dict[str, Any]:
+        """One optimizer step for each part of `plan`; returns metrics, the same on every rank of the group.
+
+        `captured` is this rank's share. The forecast is made on the first part, with the weights that served it.
+        Raises DraftUpdateError on every rank when loss or gradient is not finite.
+        """
+        metrics: dict[str, Any] = {}
+        losses = []
+        for number, part in enumerate(plan):
+            batch = make_batch([s for s in captured if (s.prompt_id, s.sample_id) in part])
+            loss = self._loss(batch, forecast=number == 0)
+            if number == 0:
+                metrics |= self._forecasts(batch, loss)
+            losses.append(self._step(loss))
+        return metrics | _mean_metrics(losses)
+
+    def score(self, captured: Sequence[DraftSample], plan: Sequence[frozenset[Key]]) -> dict[str, Any]:
+        """The forecast alone, for a draft that is not trained."""
+        batch = make_batch([s for s in captured if (s.prompt_id, s.sample_id) in plan[0]]) if plan else None
+        if batch is None:
+            return self._forecast_metrics("predicted", None, batch)
+        posteriors_QK = accept_posteriors(self.draft, batch, self.settings.depth, self.settings.rule)
+        return self._forecast_metrics("predicted", posteriors_QK, batch)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """What a sync sends: the draft's tensors under their checkpoint names."""
+        return self.draft.named_tensors()
+
+    def state_dict(self) -> dict[str, Any]:
+        frozen = None if self._frozen is None else self._frozen.state_dict()
+        return {"draft": self.draft.state_dict(), "optimizer": self._optimizer.state_dict(), "frozen": frozen}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.draft.load_state_dict(state["draft"])
+        self._optimizer.load_state_dict(state["optimizer"])
+        if state["frozen"] is not None:
+            self.freeze_copy()
+            assert self._frozen is not None
+            self._frozen.load_state_dict(state["frozen"])
+
+    # ---- one optimizer step ----
+
+    def _loss(self, batch: DraftBatch | None, *, forecast: bool) -> DraftLoss | None:
+        if batch is None:
+            return None
+        # The forecast rides on the training forward when the unroll is as deep as the engine drafts.
+        rule = self.settings.rule if forecast and self.config.unroll >= self.settings.depth else None
+        return draft_loss(self.draft, batch, self.config.unroll, self.config.step_decay, rule)
+
+    def _step(self, loss: DraftLoss | None) -> dict[str, float]:
+        """Gradient of the mean over the group's chains, clip, step. A rank without samples adds zero."""
+        unroll = self.config.unroll
+        sums = torch.zeros(2 + 4 * unroll, dtype=torch.float64)
+        if loss is not None:
+            sums[:2] = torch.tensor([float(loss.loss_sum.detach()), loss.token_count])
+            for j in range(len(loss.counts)):
+                acceptance = loss.acceptance[j]
+                sums[2 + 4 * j : 6 + 4 * j] = torch.tensor(
+                    [loss.counts[j], loss.kl_sums[j], float(acceptance.overlap), float(acceptance.top1)]
+                )
+        self._all_reduce(sums)
+        loss_sum, count = float(sums[0]), float(sums[1])
+        if count == 0:
+            return {}
+        self._optimizer.zero_grad(set_to_none=False)
+        if loss is not None:
+            (loss.loss_sum / count).backward()
+        grad_norm = self._reduce_and_clip()
+        if not (math.isfinite(loss_sum) and math.isfinite(grad_norm)):
+            raise DraftUpdateError(
+                f"draft update refused: loss {loss_sum / count}, gradient norm {grad_norm}; draft and optimizer are as "
+                "before; lower draft.lr or draft.clip_grad, or look at the captured samples"
+            )
+        self._optimizer.step()
+        by_step = sums[2:].view(unroll, 4)
+        result = {"loss": loss_sum / count, "grad_norm": grad_norm, "tokens": count}
+        for j in range(unroll):
+            if by_step[j, 0] > 0:
+                result[f"kl_{j}"] = float(by_step[j, 1] / by_step[j, 0])
+                result[f"overlap_{j}"] = float(by_step[j, 2] / by_step[j, 0])
+                result[f"top1_{j}"] = float(by_step[j, 3] / by_step[j, 0])
+        return result
+
+    def _reduce_and_clip(self) -> float:
+        gradients = []
+        for parameter in self.draft.parameters():
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            gradients.append(parameter.grad)
+        if self._group is not None and self._group.size() > 1:
+            flat = torch.cat([g.flatten() for g in gradients])
+            dist.all_reduce(flat, group=self._group)
+            for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+                gradient.copy_(part.view_as(gradient))
+        return float(torch.nn.utils.clip_grad_norm_(self.draft.parameters(), self.config.clip_grad))
+
+    def _all_reduce(self, sums: torch.Tensor) -> None:
+        if self._group is not None and self._group.size() > 1:
+            moved = sums.to(next(self.draft.parameters()).device)
+            dist.all_reduce(moved, group=self._group)
+            sums.copy_(moved)
+
+    # ---- what the served draft should have shown ----
+
+    def _forecasts(self, batch: DraftBatch | None, loss: DraftLoss | None) -> dict[str, Any]:
+        posteriors_QK = None if loss is None else loss.posterior_QK
+        if batch is not None and posteriors_QK is None:
+            posteriors_QK = accept_posteriors(self.draft, batch, self.settings.depth, self.settings.rule)
+        metrics = self._forecast_metrics("predicted", posteriors_QK, batch)
+        if self._frozen is not None:
+            frozen_QK = None
+            if batch is not None:
+                frozen_QK = accept_posteriors(self._frozen, batch, self.settings.depth, self.settings.rule)
+            metrics |= self._forecast_metrics("frozen", frozen_QK, batch)
+        return metrics
+
+    def _forecast_metrics(
+        self, name: str, posteriors_QK: torch.Tensor | None, batch: DraftBatch | None
+    ) -> dict[str, Any]:
+        depth = self.settings.depth
+        sums = torch.zeros(3 * depth + 1, dtype=torch.float64)
+        if posteriors_QK is not None and batch is not None:
+            limit_B = torch.full_like(batch.num_chains_B, self.settings.max_new_tokens)
+            expected = forecast_acceptance(posteriors_QK, batch.num_chains_B, depth, limit_B)
+            sums = torch.tensor(
+                [*expected.histogram, *expected.proposed_by_position, *expected.accepted_by_position],
+                dtype=torch.float64,
+            )
+        self._all_reduce(sums)
+        histogram, proposed, accepted = (part.tolist() for part in sums.split([depth + 1, depth, depth]))
+        forecast = AcceptForecast(tuple(histogram), tuple(proposed), tuple(accepted))
+        if forecast.num_verify_steps == 0:
+            return {}
+        rates = [a / p for a, p in zip(accepted, proposed, strict=True) if p > 0]
+        return {f"{name}_accept_length": forecast.accept_length, f"{name}_accept_rate_by_position": rates}
+
+
+def _mean_metrics(steps: Sequence[dict[str, float]]) -> dict[str, Any]:
+    """Loss, gradient norm and per-step figures averaged over the optimizer steps that had tokens; tokens summed."""
+    steps = [step for step in steps if step]
+    if not steps:
+        return {"draft_tokens": 0}
+
+    def mean(key: str) -> float:
+        values = [step[key] for step in steps if key in step]
+        return sum(values) / len(values)
+
+    depth = sum(key.startswith("kl_") for key in steps[0])
+    return {
+        "draft_tokens": int(sum(step["tokens"] for step in steps)),
+        "draft_updates": len(steps),
+        "draft_loss": mean("loss"),
+        "draft_grad_norm": mean("grad_norm"),
+        "draft_kl_by_step": [mean(f"kl_{j}") for j in range(depth)],
+        "draft_overlap_by_step": [mean(f"overlap_{j}") for j in range(depth)],
+        "draft_top1_by_step": [mean(f"top1_{j}") for j in range(depth)],
+    }

@@ -1,0 +1,111 @@
+"""The whole data flow: roll out, update the policy, update the draft, sync.
+
+    prompts -> engine.generate -> rewards -> advantages -> policy.update (captures hidden states on the way)
+                  ^                                              |
+                  +---- publish(version, policy + draft) <---- draft.update
+
+Every rank runs this text with the same samples. The engine lives on rank 0, the draft's learner on the last stage.
+Strictly on-policy: version v of policy and draft, and nothing else, generates step v.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from rollout_engine.types import Sample
+from sync.publish import SyncReport, publish
+from trainer import metrics
+from trainer.advantages import drop_groups_without_signal, with_advantages
+from trainer.collective import from_last_rank, from_rank_zero
+from trainer.draft_learner import plan_updates
+from trainer.rollouts import Rollout, evaluate, generate, make_requests, score
+
+if TYPE_CHECKING:
+    from trainer.run import Run
+
+
+def train(run: Run) -> None:
+    """Run every step from `run.next_step` on; leaves checkpoints, metrics, and at the end policy and draft."""
+    sync_weights(run, run.next_step)
+    for step in range(run.next_step, run.config.num_rollout):
+        rollout = from_rank_zero(lambda step=step: roll_out(run, step))
+        samples, policy_metrics, captured = update_policy(run, rollout)
+        draft_metrics = update_draft(run, step, samples, captured)
+        report = sync_weights(run, step + 1)
+        run.next_step = step + 1
+        after = from_rank_zero(lambda step=step: after_step(run, step))
+        run.record(step, rollout, report, policy_metrics, draft_metrics, after)
+        if run.should_save(step + 1):
+            run.save_checkpoint()
+    run.export()
+
+
+def roll_out(run: Run, step: int) -> Rollout:
+    """The step's scored samples, and the same requests once more without speculation when the probe is due (rank 0)."""
+    config = run.config
+    prompts, run.position = run.prompts.take(run.position, config.data.rollout_batch_size)
+    requests = make_requests(prompts, run.sampling, config.data.n_samples_per_prompt, config.seed, step)
+    with run.clock("rollout"):
+        generated = generate(run.engine, requests)
+    with run.clock("reward"):
+        scored = score(generated, prompts, run.reward)
+    plain = None
+    if config.plain_probe_interval and step % config.plain_probe_interval == 0:
+        with run.clock("probe"):
+            plain = generate(run.engine.without_speculation(), requests)
+    return Rollout(scored, plain)
+
+
+def update_policy(run: Run, rollout: Rollout) -> tuple[list[Sample], dict[str, Any], list[Any]]:
+    """Advantages and the policy's optimizer steps; returns the samples learned from, metrics, and the draft's data."""
+    algorithm = run.config.algorithm
+    samples = with_advantages(rollout.samples, normalize_std=algorithm.normalize_std)
+    if algorithm.dynamic_sampling:
+        samples = drop_groups_without_signal(samples)
+    if not samples:
+        return [], {"policy_skipped": 1}, []
+    with run.clock("policy"):
+        update = run.policy.update(samples, run.capture)
+    return samples, update.metrics, update.draft_samples
+
+
+def update_draft(run: Run, step: int, samples: Sequence[Sample], captured: list[Any]) -> dict[str, Any]:
+    """The draft's optimizer steps on what the policy's forward captured; metrics are the same on every rank."""
+    if run.capture is None or not samples:
+        return {}
+    draft_metrics: dict[str, Any] = {}
+    with run.clock("draft"):
+        if run.learner is not None:
+            plan = plan_updates(samples, run.config.draft, run.config.seed, step)
+            train_now = run.config.draft.train
+            draft_metrics = run.learner.update(captured, plan) if train_now else run.learner.score(captured, plan)
+            if step + 1 == run.config.frozen_draft_step:
+                run.learner.freeze_copy()
+        return from_last_rank(draft_metrics)
+
+
+def sync_weights(run: Run, version: int) -> SyncReport:
+    """Policy and draft become version `version` of the engine together, or the run stops with the tensor's name."""
+    with run.clock("sync"):
+        policy = run.policy.export_weights()
+        draft = None
+        if run.capture is not None:
+            draft = from_last_rank(run.learner.tensors() if run.learner is not None else None)
+        return from_rank_zero(lambda: publish(policy, draft, run.transport, version))
+
+
+def after_step(run: Run, step: int) -> dict[str, Any]:
+    """Greedy evaluation with the new weights, when due (rank 0)."""
+    interval = run.config.eval_interval
+    if not (interval and run.eval_prompts and (step + 1) % interval == 0):
+        return {}
+    with run.clock("eval"):
+        return evaluate(run.engine, run.eval_prompts, run.sampling, run.reward)
+
+
+def metrics_line(step: int, rollout: Rollout, *parts: dict[str, Any]) -> dict[str, Any]:
+    """One step's line from its parts; see `trainer.metrics` for what each figure means."""
+    fast, plain = rollout.speculative, rollout.plain
+    probe = {} if plain is None else metrics.plain_probe_metrics(fast.samples, fast.time_s, plain.samples, plain.time_s)
+    return metrics.step_line(step, metrics.rollout_metrics(fast.samples, fast.time_s), probe, *parts)

@@ -1,0 +1,79 @@
+"""Roll out: prompts become requests, samples come back and are scored. Only rank 0 holds the engine.
+
+A request's seed is a function of (run seed, step, prompt, sample) alone, so siblings and epochs differ and nothing
+depends on scheduling. Samples are put in (prompt_id, sample_id) order before anything looks at them.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+from draft_models.randomness import request_seed
+from rollout_engine.types import FinishReason, RolloutEngine, RolloutRequest, Sample, SamplingParams
+from trainer.data import Prompt
+from trainer.rewards import RewardFunction
+
+EVAL_STEP = -1  # evaluation's requests are greedy, so their seed decides nothing
+
+
+@dataclass(frozen=True, slots=True)
+class Generated:
+    """Samples in (prompt_id, sample_id) order and the seconds that generating them took."""
+
+    samples: tuple[Sample, ...]
+    time_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Rollout:
+    """One step: the scored samples, and those of the probe without speculation when there was one."""
+
+    speculative: Generated
+    plain: Generated | None
+
+    @property
+    def samples(self) -> tuple[Sample, ...]:
+        return self.speculative.samples
+
+
+def make_requests(
+    prompts: Sequence[Prompt], sampling: SamplingParams, num_samples: int, run_seed: int, step: int
+) -> list[RolloutRequest]:
+    """`num_samples` requests for every prompt, siblings next to each other."""
+    return [
+        RolloutRequest(
+            prompt.prompt_id,
+            sample_id,
+            prompt.token_ids,
+            replace(sampling, seed=request_seed(run_seed, step, prompt.prompt_id, sample_id)),
+        )
+        for prompt in prompts
+        for sample_id in range(num_samples)
+    ]
+
+
+def generate(engine: RolloutEngine, requests: Iterable[RolloutRequest]) -> Generated:
+    """Run every request to its end."""
+    start_s = time.perf_counter()
+    samples = tuple(sorted(engine.generate(requests), key=lambda sample: sample.request.key))
+    return Generated(samples, time.perf_counter() - start_s)
+
+
+def score(generated: Generated, prompts: Sequence[Prompt], reward: RewardFunction) -> Generated:
+    """Give every sample its reward. Raises RewardError with the sample in it; a failure never becomes a number."""
+    prompt_of = {prompt.prompt_id: prompt for prompt in prompts}
+    scored = (replace(s, reward=reward(prompt_of[s.request.prompt_id], s)) for s in generated.samples)
+    return replace(generated, samples=tuple(scored))
+
+
+def evaluate(
+    engine: RolloutEngine, prompts: Sequence[Prompt], sampling: SamplingParams, reward: RewardFunction
+) -> dict[str, float]:
+    """Greedy reward over held-out prompts, and the share of answers cut off by the length limit."""
+    greedy = replace(sampling, temperature=0.0, top_p=1.0, top_k=0)
+    samples = score(generate(engine, make_requests(prompts, greedy, 1, 0, EVAL_STEP)), prompts, reward).samples
+    rewards = [sample.reward for sample in samples if sample.reward is not None]
+    truncated = sum(sample.finish_reason is FinishReason.LENGTH for sample in samples)
+    return {"eval_reward": sum(rewards) / len(rewards), "eval_truncated": truncated / len(samples)}

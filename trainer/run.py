@@ -1,0 +1,250 @@
+"""Everything a run holds, put together from its settings: `train(config)` is what the command line calls."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from draft_models.checkpoint import save_draft
+from draft_models.eagle3 import DraftError, Eagle3, Eagle3Config, choose_draft_vocab
+from draft_models.types import VerifyRule
+from rollout_engine.torch_engine import TorchEngine
+from rollout_engine.types import SamplingParams
+from sync.inprocess import InProcessTransport
+from sync.publish import SyncReport
+from trainer import loop
+from trainer.checkpoint import Part, latest_checkpoint, load_checkpoint, rng_part, save_checkpoint, shared_part
+from trainer.collective import from_rank_zero
+from trainer.config import ConfigError, RunConfig
+from trainer.data import DataPosition, Prompt, PromptData, load_prompts
+from trainer.distributed import init_distributed, rank, world_size
+from trainer.draft_learner import DraftLearner, DraftSettings
+from trainer.hf_files import read_config
+from trainer.megatron_policy import CaptureSpec, MegatronPolicy
+from trainer.metrics import MetricsWriter, PhaseClock, read_metrics
+from trainer.progress import Progress
+from trainer.report import write_report
+from trainer.rewards import Reward, load_reward
+from trainer.rollouts import Rollout
+from trainer.run_dir import RunDir, check_run_dir, cut_metrics, make_run_dir
+from trainer.serving import build_engine, context_length, load_tokenizer, read_draft
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """What the user gave, read and checked before anything heavy is built."""
+
+    folder: Path  # of the policy
+    hf_config: dict[str, Any]
+    tokenizer: Any
+    prompts: PromptData
+    eval_prompts: tuple[Prompt, ...]
+    reward: Reward
+
+
+@dataclass
+class Run:
+    """One run on this rank. `engine`, `transport`, `progress` and `writer` live on rank 0, `learner` on draft ranks."""
+
+    config: RunConfig
+    directory: RunDir
+    inputs: Inputs
+    policy: MegatronPolicy
+    engine: TorchEngine | None
+    transport: InProcessTransport | None
+    learner: DraftLearner | None
+    capture: CaptureSpec | None  # None without an EAGLE-3 draft
+    progress: Progress | None
+    writer: MetricsWriter | None = None
+    position: DataPosition = field(default_factory=DataPosition)
+    next_step: int = 0
+    clock: PhaseClock = field(default_factory=PhaseClock)
+
+    @property
+    def prompts(self) -> PromptData:
+        return self.inputs.prompts
+
+    @property
+    def eval_prompts(self) -> tuple[Prompt, ...]:
+        return self.inputs.eval_prompts
+
+    @property
+    def reward(self) -> Reward:
+        return self.inputs.reward
+
+    @property
+    def sampling(self) -> SamplingParams:
+        rollout = self.config.rollout
+        return SamplingParams(
+            temperature=rollout.temperature,
+            top_p=rollout.top_p,
+            top_k=rollout.top_k,
+            max_new_tokens=rollout.max_response_len,
+            stop=rollout.stop,
+        )
+
+    def record(self, step: int, rollout: Rollout, report: SyncReport, *parts: dict[str, Any]) -> None:
+        """Write the step's metrics line and show it (rank 0)."""
+        if self.writer is None or self.progress is None:
+            return
+        sync = {"sync_time_s": report.time_s, "sync_bytes": report.num_bytes, "next_version": report.version}
+        line = loop.metrics_line(step, rollout, sync, self.clock.take(), *parts)
+        self.writer.write(line)
+        self.progress.step(line)
+
+    def should_save(self, done: int) -> bool:
+        interval = self.config.save_interval
+        return done == self.config.num_rollout or bool(interval and done % interval == 0)
+
+    def parts(self) -> list[Part]:
+        """Owners of state, in the order in which a checkpoint holds them."""
+        parts = [Part("policy", self.policy.save, self.policy.load), rng_part()]
+        if self.capture is not None:
+            learner = self.learner
+            parts.append(
+                shared_part(
+                    "draft",
+                    lambda: learner.state_dict() if learner else {},
+                    lambda state: learner.load_state_dict(state) if learner else None,
+                    writes=rank() == world_size() - 1,
+                    reads=learner is not None,
+                )
+            )
+        engine = self.engine
+        parts.append(
+            shared_part(
+                "controller",
+                lambda: engine.controller_state() if engine else {},
+                lambda state: engine.load_controller_state(state) if engine else None,
+                writes=engine is not None,
+                reads=engine is not None,
+            )
+        )
+        return parts
+
+    def save_checkpoint(self) -> None:
+        with self.clock("checkpoint"):
+            counters = {"position": {"epoch": self.position.epoch, "index": self.position.index}}
+            save_checkpoint(self.directory.checkpoints, self.next_step, self.parts(), counters)
+
+    def restore(self) -> None:
+        """Continue from the newest whole checkpoint, or from the start when the run was killed before its first."""
+        folder = latest_checkpoint(self.directory.checkpoints)
+        if folder is not None:
+            self.next_step, counters = load_checkpoint(folder, self.parts())
+            self.position = DataPosition(**counters["position"])
+        if rank() == 0:
+            cut_metrics(self.directory.metrics_file, self.next_step - 1)
+
+    def export(self) -> None:
+        """Policy and draft in Hugging Face form under the run's folder."""
+        self.policy.save_hf(self.directory.policy)
+        if self.learner is not None and rank() == world_size() - 1:
+            save_draft(self.learner.draft, self.directory.draft)
+
+
+def read_inputs(config: RunConfig) -> Inputs:
+    """Read prompts, tokenizer and reward. Raises ConfigError for anything missing or wrong; writes nothing."""
+    folder = Path(config.policy.hf_checkpoint)
+    hf_config = read_config(folder)
+    tokenizer = load_tokenizer(folder)
+    longest = context_length(folder, config.rollout) - 1
+    data = config.data
+    prompts = load_prompts(data.prompt_data, data, tokenizer, max_prompt_len=longest, seed=config.seed)
+    held_out: tuple[Prompt, ...] = ()
+    if config.eval_interval:
+        if not data.eval_prompt_data:
+            raise ConfigError("eval_interval is set but data.eval_prompt_data is not: give --eval-prompt-data FILE")
+        eval_data = load_prompts(data.eval_prompt_data, data, tokenizer, max_prompt_len=longest, seed=config.seed)
+        held_out = eval_data.first(data.num_eval_prompts)
+    return Inputs(folder, hf_config, tokenizer, prompts, held_out, load_reward(data.reward, tokenizer))
+
+
+def make_draft(config: RunConfig, inputs: Inputs) -> Eagle3 | None:
+    """The run's EAGLE-3 draft: read from its checkpoint, or random; None for other speculation."""
+    if config.rollout.speculative_algorithm != "EAGLE3":
+        return None
+    path = config.rollout.speculative_draft_model_path
+    if path:
+        return read_draft(Path(path), inputs.folder)
+    try:
+        sizes = Eagle3Config.from_target(inputs.hf_config, config.draft)
+    except DraftError as error:
+        raise ConfigError(str(error)) from error
+    return Eagle3(sizes, seed=config.seed, target_ids=_draft_vocabulary(sizes, inputs))
+
+
+def _draft_vocabulary(sizes: Eagle3Config, inputs: Inputs) -> torch.Tensor | None:
+    """With a reduced vocabulary: the tokens most frequent in the prompts' labels, which is what answers look like."""
+    if not sizes.is_reduced:
+        return None
+    counts_V = torch.zeros(sizes.vocab_size, dtype=torch.int64)
+    for row in inputs.prompts.rows:
+        ids = torch.tensor([*row.token_ids, *inputs.tokenizer.encode(row.label)])
+        counts_V += torch.bincount(ids, minlength=sizes.vocab_size)
+    return choose_draft_vocab(counts_V, sizes.draft_vocab_size)
+
+
+def build_run(config: RunConfig) -> Run:
+    """Read the inputs, then build every part on this rank. ConfigError before anything is written."""
+    device = init_distributed()
+    check_run_dir(config)
+    inputs = read_inputs(config)
+    draft = make_draft(config, inputs)
+    policy = MegatronPolicy(
+        config.policy,
+        config.algorithm,
+        inputs.folder,
+        train_iters=config.num_rollout * config.algorithm.num_steps_per_rollout,
+    )
+    engine = None
+    if rank() == 0:
+        engine = build_engine(inputs.folder, config.rollout, copy.deepcopy(draft), inputs.tokenizer)
+    directory = from_rank_zero(lambda: make_run_dir(config))
+    return Run(
+        config=config,
+        directory=directory,
+        inputs=inputs,
+        policy=policy,
+        engine=engine,
+        transport=None if engine is None else InProcessTransport(engine.receiver),
+        learner=_make_learner(config, draft.to(device), policy.draft_group) if draft and policy.is_draft_rank else None,
+        capture=None if draft is None else CaptureSpec(draft.config.aux_layer_ids, config.draft.capture_max_bytes),
+        progress=None,
+    )
+
+
+def _make_learner(config: RunConfig, draft: Eagle3, group: dist.ProcessGroup) -> DraftLearner:
+    rollout = config.rollout
+    settings = DraftSettings(
+        rule=VerifyRule(rollout.verify_rule),
+        depth=rollout.speculative_num_steps,
+        max_new_tokens=rollout.max_response_len,
+        seed=config.seed,
+    )
+    return DraftLearner(draft, config.draft, settings, group)
+
+
+def train(config: RunConfig) -> int:
+    """Train, write the report, return the exit status."""
+    if config.deterministic:
+        torch.use_deterministic_algorithms(True)
+    run = build_run(config)
+    if config.resume:
+        run.restore()
+    if rank() != 0:
+        loop.train(run)
+        return 0
+    done = read_metrics(run.directory.metrics_file) if run.next_step else []
+    with Progress(config.num_rollout, str(run.directory.path), lines=done) as progress:
+        run.progress, run.writer = progress, MetricsWriter(run.directory.path, run.next_step)
+        loop.train(run)
+        run.writer.close()
+    progress.print_summary()
+    print(f"report: {write_report(run.directory.path)}")
+    return 0

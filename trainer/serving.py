@@ -1,0 +1,90 @@
+"""From checkpoint folders to a running embedded engine: what `train` and `generate` share."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from draft_models.checkpoint import load_draft
+from draft_models.eagle3 import DraftError, Eagle3
+from rollout_engine.config import RolloutConfig
+from rollout_engine.decoder import Decoder
+from rollout_engine.hf_checkpoint import CheckpointError
+from rollout_engine.torch_engine import TorchEngine
+from trainer.config import ConfigError
+from trainer.hf_files import read_config
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The checkpoint's tokenizer. Raises ConfigError naming the folder when there is none or it is corrupt."""
+    from transformers import AutoTokenizer
+
+    if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer_config.json", "vocab.json")):
+        raise ConfigError(f"{folder}: no tokenizer (tokenizer.json); save the policy's tokenizer beside its weights")
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(f"{folder}: the tokenizer cannot be read ({str(error).splitlines()[0]})") from error
+
+
+def eos_token_ids(folder: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Ids that end a response: generation_config.json, else config.json, else the tokenizer's."""
+    for name in ("generation_config.json", "config.json"):
+        path = folder / name
+        found: Any = json.loads(path.read_text()).get("eos_token_id") if path.exists() else None
+        if found is not None:
+            return tuple(found) if isinstance(found, list) else (int(found),)
+    if tokenizer.eos_token_id is None:
+        raise ConfigError(f"{folder}: neither config nor tokenizer names an eos token; set eos_token_id in config.json")
+    return (int(tokenizer.eos_token_id),)
+
+
+def context_length(folder: Path, rollout: RolloutConfig) -> int:
+    """Positions of one sequence: the setting, or what the checkpoint was made for."""
+    limit = int(read_config(folder)["max_position_embeddings"])
+    if rollout.context_length > limit:
+        raise ConfigError(
+            f"rollout.context_length = {rollout.context_length} is above the {limit} positions of {folder}"
+        )
+    return rollout.context_length or limit
+
+
+def device_of(rollout: RolloutConfig) -> torch.device:
+    if rollout.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(rollout.device)
+
+
+def read_draft(folder: Path, target: Path) -> Eagle3:
+    """A draft checkpoint that fits the policy in `target`; ConfigError says which file or size does not."""
+    try:
+        return load_draft(folder, read_config(target))
+    except (DraftError, FileNotFoundError) as error:
+        raise ConfigError(str(error)) from error
+
+
+def build_engine(
+    policy: Path, rollout: RolloutConfig, draft: Eagle3 | None, tokenizer: PreTrainedTokenizerBase
+) -> TorchEngine:
+    """An engine that serves `policy` (and `draft`, which it takes over). ConfigError for what cannot be loaded."""
+    dtype, device = DTYPES[rollout.dtype], device_of(rollout)
+    try:
+        decoder = Decoder.from_hf(policy, dtype, device)
+    except CheckpointError as error:
+        raise ConfigError(str(error)) from error
+    return TorchEngine(
+        decoder,
+        rollout,
+        draft=None if draft is None else draft.to(device=device, dtype=dtype),
+        eos_token_ids=eos_token_ids(policy, tokenizer),
+        detokenize=lambda ids: tokenizer.decode(list(ids), skip_special_tokens=True),
+        version=-1,  # nothing is served before the first sync, which is version 0 or the resumed step
+    )
