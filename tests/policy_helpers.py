@@ -88,3 +88,33 @@ def run_ranks(world: int, function: Callable[..., None], *args: Any) -> None:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     mp.spawn(_rank_main, (function, world, port, args), nprocs=world)
+
+
+def sequence(sample: Sample) -> torch.Tensor:
+    return torch.tensor([[*sample.request.prompt_ids, *sample.token_ids]])
+
+
+def response_log_probs(model: Any, sample: Sample) -> tuple[torch.Tensor, torch.Tensor]:
+    """(log-probs of the response tokens, entropies), by Transformers and plain log_softmax."""
+    first = len(sample.request.prompt_ids) - 1
+    logits = model(sequence(sample)).logits[0, first:-1]
+    log_p = (logits / (sample.request.sampling.temperature or 1.0)).log_softmax(-1)
+    picked = log_p.gather(-1, torch.tensor(sample.token_ids)[:, None])[:, 0]
+    return picked, -(log_p.exp() * log_p).sum(-1)
+
+
+def plain_gradients(model: Any, samples: list[Sample], token_loss: Callable[..., torch.Tensor]) -> tuple[float, dict]:
+    """Loss and gradients of mean-over-all-tokens `token_loss(sample, logp, entropy)` by autograd on Transformers."""
+    model.zero_grad()
+    total = sum(token_loss(sample, *response_log_probs(model, sample)).sum() for sample in samples)
+    loss = total / sum(len(sample.token_ids) for sample in samples)
+    loss.backward()
+    return loss.item(), {name: param.grad.clone() for name, param in model.named_parameters()}
+
+
+def assert_same_gradients(actual: dict, expected: dict, tolerance: float = 1e-5) -> None:
+    """||dg|| / ||g|| of every tensor, by name."""
+    assert actual.keys() == expected.keys()
+    errors = {name: float((actual[name] - g).norm() / g.norm()) for name, g in expected.items()}
+    worst = max(errors, key=lambda name: errors[name])
+    assert errors[worst] <= tolerance, (worst, errors[worst])

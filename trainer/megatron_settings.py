@@ -56,6 +56,7 @@ def config_fields(config: PolicyConfig, hf_config: Mapping[str, Any], known: Col
         # without which the gradient norm leaves out the other ranks' parts
         "perform_initialization": True,
         "batch_p2p_comm": False,
+        "cuda_graph_scope": [],  # Megatron's own default is deprecated and warns
         "masked_softmax_fusion": False,  # the fusions need Apex or CUDA extensions
         "gradient_accumulation_fusion": False,
         "moe_token_dispatcher_type": "alltoall",  # demanded with variable_seq_lengths, of dense models too
