@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from draft_models.eagle3 import Eagle3
 from draft_models.layers import Numerics
+from draft_models.ngram import NgramDrafter
 from rollout_engine.kv_cache import KVCache, KVView
 from rollout_engine.rows import Row
 from rollout_engine.sampling import Proposal, RowSampling
@@ -62,9 +63,9 @@ class EagleDrafter:
         """Keep the captured states of the tokens that the target has just seen."""
         self._aux[_row_index(positions_BM), positions_BM] = aux_BMA
 
-    def forget(self, num_rows: int) -> None:
-        """Nothing computed so far holds any more: weights have changed, and captured states are recorded anew."""
-        self._filled[:num_rows] = [0] * num_rows
+    def forget(self, num_rows: int, keep: int = 0) -> None:
+        """Draft rows from `keep` on are to be computed again from the captured states."""
+        self._filled[:num_rows] = [max(keep, 0)] * num_rows
 
     def move(self, source: int, target: int, num_positions: int) -> None:
         """Row `source`, with captured states below `num_positions`, takes the place of row `target`."""
@@ -134,6 +135,37 @@ class EagleDrafter:
     def _new_cache(self, num_slots: int) -> KVCache:
         config = self._draft.config
         return KVCache(1, num_slots, config.num_key_value_heads, config.head_dim, self._embed_VH)
+
+
+class NgramProposer:
+    """N-gram drafts, looked up on the host in a prompt's own text and its siblings'.
+
+    What siblings have written so far depends on scheduling: under TARGET_ONLY and REJECTION so do the tokens, though
+    not their law; under GREEDY and COUPLED nothing does.
+    """
+
+    def __init__(self, min_match: int, max_match: int, device: torch.device) -> None:
+        self._matches = (min_match, max_match)
+        self._device = device
+        self.reset()
+
+    def reset(self) -> None:
+        """Drop all texts."""
+        self._drafter = NgramDrafter(*self._matches)
+        self._known: dict[tuple[int, int], int] = {}  # tokens of each text that the index has
+
+    def propose(self, rows: Sequence[Row], depth: int) -> Proposal | None:
+        """Up to `depth` drafts for each of the first rows; None when no row has any."""
+        for row in rows:
+            key = row.request.key
+            self._drafter.extend(key, row.tokens[self._known.get(key, 0) :])
+            self._known[key] = len(row.tokens)
+        drafts = [self._drafter.propose(row.request.key, depth) for row in rows]
+        width = max(len(tokens) for tokens in drafts)
+        if width == 0:
+            return None
+        padded = [tokens + [0] * (width - len(tokens)) for tokens in drafts]
+        return Proposal(torch.tensor(padded, device=self._device), None, [len(tokens) for tokens in drafts])
 
 
 def _row_index(positions_BM: torch.Tensor) -> torch.Tensor:

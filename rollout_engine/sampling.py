@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
 from draft_models.types import VerifyRule
 from draft_models.verify import Verified, draw_noise, expand_draft_vocab, sample_draft, target_probs, verify
@@ -23,6 +24,15 @@ class Proposal:
     tokens_BK: torch.Tensor  # int64
     probs_BKV: torch.Tensor | None  # the laws they were drawn from; None = point masses
     num_drafts: list[int]
+
+    def padded(self, num_rows: int) -> Proposal:
+        """With rows that propose nothing behind, `num_rows` in all."""
+        extra = num_rows - len(self.num_drafts)
+        if extra == 0:
+            return self
+        tokens = F.pad(self.tokens_BK, (0, 0, 0, extra))
+        probs = None if self.probs_BKV is None else F.pad(self.probs_BKV, (0, 0, 0, 0, 0, extra))
+        return Proposal(tokens, probs, self.num_drafts + [0] * extra)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,13 +72,12 @@ class RowSampling:
         """Emitted tokens, when column 0 of the logits decides sequence index `first_position_B`."""
         num_rows, num_tokens, vocab_size = logits_BMV.shape
         if proposal is None:
-            no_drafts = first_position_B.new_zeros(num_rows)
-            proposal_tokens, probs = no_drafts.new_zeros(num_rows, 0), None
-        else:
-            proposal_tokens, probs = proposal.tokens_BK, proposal.probs_BKV
-            no_drafts = torch.tensor(proposal.num_drafts, device=logits_BMV.device)
+            nothing = first_position_B.new_zeros(num_rows, 0)
+            proposal = Proposal(nothing, None, [0] * num_rows)
+        num_drafts_B = torch.tensor(proposal.num_drafts, device=logits_BMV.device)
         noise = draw_noise(self.rule, self.seeds_B, first_position_B, num_tokens - 1, vocab_size)
-        return verify(self.rule, self.probs(logits_BMV), probs, proposal_tokens, no_drafts, noise)
+        p_BMV = self.probs(logits_BMV)
+        return verify(self.rule, p_BMV, proposal.probs_BKV, proposal.tokens_BK, num_drafts_B, noise)
 
     def probs(self, logits: torch.Tensor) -> torch.Tensor:
         """The law that tokens are drawn from. Greedy rows need an argmax only: logits serve."""

@@ -10,22 +10,27 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from draft_models.eagle3 import Eagle3
 from draft_models.layers import BATCH_INVARIANT, FAST
 from draft_models.types import VerifyRule
+from rollout_engine.checks import check_config, check_requests
 from rollout_engine.config import RolloutConfig
 from rollout_engine.decoder import Decoder
-from rollout_engine.drafting import EagleDrafter
+from rollout_engine.drafting import EagleDrafter, NgramProposer
 from rollout_engine.kv_cache import KVCache
 from rollout_engine.prefill import Prefix, PrefixCache
 from rollout_engine.rows import Row
 from rollout_engine.sampling import Proposal, RowSampling
+from rollout_engine.speculation import CostTable, DepthController, SpecPlan, measure_steps
 from rollout_engine.stopping import Detokenize, kept_before_stop
 from rollout_engine.types import EngineError, FinishReason, RolloutRequest, Sample
 from sync.receiver import WeightReceiver
+
+_MEASURED_LENGTH = 64  # tokens of the rows that cost measurements decode
 
 
 class TorchEngine:
@@ -41,7 +46,12 @@ class TorchEngine:
         detokenize: Detokenize | None = None,
         version: int = 0,
     ) -> None:
-        """`detokenize` turns token ids into text; only requests with stop strings need it."""
+        """`detokenize` turns token ids into text; only requests with stop strings need it.
+
+        A draft is used by EAGLE3 alone, but its weights are received with any algorithm. Raises ValueError for
+        settings that contradict themselves, the decoder or the draft.
+        """
+        check_config(config, decoder.config, draft)
         self._decoder = decoder
         self._config = config
         self._rule = VerifyRule(config.verify_rule)
@@ -58,7 +68,16 @@ class TorchEngine:
         sizes = decoder.config
         slots = config.max_running_requests
         self._cache = KVCache(sizes.num_layers, slots, sizes.num_kv_heads, sizes.head_dim, decoder.embed)
-        self._eagle = EagleDrafter(draft, decoder.embed, slots, self._numerics) if draft is not None else None
+        algorithm = config.speculative_algorithm
+        self._eagle = None
+        if algorithm == "EAGLE3" and draft is not None:
+            self._eagle = EagleDrafter(draft, decoder.embed, slots, self._numerics)
+        self._ngram = None
+        if algorithm == "NGRAM":
+            self._ngram = NgramProposer(config.ngram_min_match, config.ngram_max_match, decoder.device)
+        self._max_depth = 0 if algorithm == "NONE" else config.speculative_num_steps
+        table = CostTable.load(Path(config.cost_table)) if config.cost_table else None
+        self._controller = DepthController(self._max_depth, table if config.controller == "adaptive" else None)
         self._prefixes = PrefixCache(decoder, self._eagle, self._numerics)
         self._rows: list[Row] = []
         self._sampling: RowSampling | None = None  # of the present rows; None when they have changed
@@ -77,12 +96,36 @@ class TorchEngine:
         before any work. Abandoning the iterator drops what is running.
         """
         pending = deque(requests)
-        for request in pending:
-            self._check(request)
+        check_requests(pending, self._context_length, has_detokenizer=self._detokenize is not None)
         if self._is_generating:
             raise EngineError("generate() was called while another generate() of this engine is still being read")
         self._require_clean()
+        if self._max_depth > 0 and self._config.controller == "adaptive" and self._controller.table is None:
+            self._controller.table = self.measure_costs()
         return self._generate(pending)
+
+    @property
+    def controller(self) -> DepthController:
+        """What chooses the depth; its state belongs into a checkpoint."""
+        return self._controller
+
+    @torch.inference_mode()
+    def measure_costs(self, budget_s: float = 1.0) -> CostTable:
+        """Time decode steps of every depth at several batch sizes. Call it while nothing is generated."""
+        request = RolloutRequest(0, 0, (0,) * min(_MEASURED_LENGTH, self._context_length - 1))
+        slots = self._config.max_running_requests
+        rows = [Row(request, self._context_length, list(request.prompt_ids)) for _ in range(slots)]
+        sampling = RowSampling.of([request.sampling] * slots, self._rule, self._decoder.device)
+
+        def step(batch: int, depth: int) -> None:
+            if self._eagle is not None:
+                self._eagle.forget(batch, keep=len(request.prompt_ids) - 2 - depth)
+            self._decode(rows[:batch], sampling.first(batch), SpecPlan(depth, batch))
+
+        table = measure_steps(step, slots, self._max_depth, budget_s)
+        if self._ngram is not None:
+            self._ngram.reset()
+        return table
 
     def abort(self, keys: Iterable[tuple[int, int]] | None = None) -> None:
         """Finish requests early, all of them by default: each still yields what it has so far."""
@@ -114,6 +157,8 @@ class TorchEngine:
             pending.clear()
             self._rows.clear()
             self._aborted.clear()
+            if self._ngram is not None:
+                self._ngram.reset()
             self._sampling, self._is_generating = None, False
 
     @torch.inference_mode()
@@ -152,11 +197,21 @@ class TorchEngine:
 
     @torch.inference_mode()
     def _step(self) -> list[Sample]:
-        """One target forward: every row's last token and its drafts; then as many tokens as stand."""
-        rows, device = self._rows, self._decoder.device
+        """One target forward for all rows, and what follows from it."""
+        rows = self._rows
         if self._sampling is None:
-            self._sampling = RowSampling.of([row.request.sampling for row in rows], self._rule, device)
-        proposal = self._propose()
+            params = [row.request.sampling for row in rows]
+            self._sampling = RowSampling.of(params, self._rule, self._decoder.device)
+        plan = self._controller.plan(len(rows)) if self._max_depth else SpecPlan(0, 0)
+        emitted, proposal = self._decode(rows, self._sampling, plan)
+        if plan.depth:
+            self._controller.observe(plan, emitted.num_accepted[: plan.num_rows])
+        return self._commit(range(len(rows)), emitted, proposal.num_drafts if proposal else [0] * len(rows))
+
+    def _decode(self, rows: list[Row], sampling: RowSampling, plan: SpecPlan) -> tuple[Emitted, Proposal | None]:
+        """Every row's last token and its drafts through the target; as many tokens out as stand."""
+        device = self._decoder.device
+        proposal = self._propose(rows, sampling, plan)
         depth = 0 if proposal is None else proposal.tokens_BK.shape[1]
         lengths = [len(row.tokens) for row in rows]
         length_B = torch.tensor(lengths, device=device)
@@ -166,8 +221,17 @@ class TorchEngine:
             tokens_BM = torch.cat((tokens_BM, proposal.tokens_BK), dim=1)
             positions_BM = positions_BM + torch.arange(depth + 1, device=device)
         logits_BMV = self._forward(tokens_BM, positions_BM, max(lengths) + depth)
-        emitted = self._choose(logits_BMV, self._sampling, length_B, proposal)
-        return self._commit(range(len(rows)), emitted, proposal.num_drafts if proposal else [0] * len(rows))
+        return self._choose(logits_BMV, sampling, length_B, proposal), proposal
+
+    def _propose(self, rows: list[Row], sampling: RowSampling, plan: SpecPlan) -> Proposal | None:
+        if plan.depth == 0:
+            return None
+        proposal, first = None, rows[: plan.num_rows]
+        if self._eagle is not None:
+            proposal = self._eagle.propose(first, plan.depth, sampling.first(plan.num_rows))
+        elif self._ngram is not None:
+            proposal = self._ngram.propose(first, plan.depth)
+        return None if proposal is None else proposal.padded(len(rows))
 
     def _forward(self, tokens_BM: torch.Tensor, positions_BM: torch.Tensor, view_length: int) -> torch.Tensor:
         """Logits [B, M, V] of the first rows' tokens; K, V and captured states are kept."""
@@ -237,6 +301,7 @@ class TorchEngine:
             return
         self._version = self._receiver.version
         self._prefixes.clear()
+        self._controller.new_weights()
         if not self._rows:
             return
         device = self._decoder.device
@@ -262,24 +327,6 @@ class TorchEngine:
             samples.append(Sample(request, (), (), (), FinishReason.ABORT))
         self._aborted.clear()
         return samples
-
-    def _propose(self) -> Proposal | None:
-        depth = self._config.speculative_num_steps
-        if self._eagle is None or depth == 0 or self._sampling is None:
-            return None
-        return self._eagle.propose(self._rows, depth, self._sampling)
-
-    def _check(self, request: RolloutRequest) -> None:
-        prompt_len, sampling = len(request.prompt_ids), request.sampling
-        name = f"request (prompt {request.prompt_id}, sample {request.sample_id})"
-        if prompt_len == 0:
-            raise ValueError(f"{name}: the prompt is empty")
-        if prompt_len >= self._context_length:
-            raise ValueError(f"{name}: {prompt_len} prompt tokens leave no room in a context of {self._context_length}")
-        if sampling.max_new_tokens < 1:
-            raise ValueError(f"{name}: max_new_tokens = {sampling.max_new_tokens}, at least 1 is needed")
-        if sampling.stop and self._detokenize is None:
-            raise ValueError(f"{name}: stop strings need an engine with a detokenizer; use stop_token_ids")
 
     def _require_clean(self) -> None:
         if self._receiver.dirty:

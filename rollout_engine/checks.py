@@ -1,0 +1,88 @@
+"""What an engine refuses before any work: settings and requests that cannot be served. One line each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from draft_models.eagle3 import Eagle3
+from rollout_engine.config import RolloutConfig
+from rollout_engine.hf_checkpoint import DecoderConfig
+from rollout_engine.types import RolloutRequest
+
+_ALGORITHMS = ("EAGLE3", "NGRAM", "NONE")
+_RULES = ("rejection", "target_only", "coupled")
+
+
+def check_config(config: RolloutConfig, target: DecoderConfig, draft: Eagle3 | None) -> None:
+    """Raise ValueError for speculative settings that contradict themselves, the target or the draft."""
+    algorithm, depth = config.speculative_algorithm, config.speculative_num_steps
+    if algorithm not in _ALGORITHMS:
+        raise ValueError(f"rollout.speculative_algorithm = {algorithm!r}: expected one of {', '.join(_ALGORITHMS)}")
+    if config.verify_rule not in _RULES:
+        raise ValueError(f"rollout.verify_rule = {config.verify_rule!r}: expected one of {', '.join(_RULES)}")
+    if config.controller not in ("adaptive", "fixed"):
+        raise ValueError(f"rollout.controller = {config.controller!r}: expected adaptive or fixed")
+    if config.context_length > target.max_positions:
+        raise ValueError(
+            f"rollout.context_length = {config.context_length} is above the model's {target.max_positions} positions"
+        )
+    if config.max_running_requests < 1:
+        raise ValueError(f"rollout.max_running_requests = {config.max_running_requests}: at least 1 is needed")
+    if algorithm == "NONE":
+        return
+    if depth < 1:
+        raise ValueError(
+            f"rollout.speculative_num_steps = {depth} with {algorithm}: at least 1, or speculative_algorithm = NONE"
+        )
+    if config.speculative_eagle_topk != 1:
+        raise ValueError(f"rollout.speculative_eagle_topk = {config.speculative_eagle_topk}: only chains (1) are built")
+    if config.speculative_num_draft_tokens not in (0, depth + 1):
+        raise ValueError(
+            f"rollout.speculative_num_draft_tokens = {config.speculative_num_draft_tokens}: "
+            f"with topk 1 it is speculative_num_steps + 1 = {depth + 1}"
+        )
+    if algorithm == "EAGLE3":
+        _check_draft(target, draft)
+
+
+def _check_draft(target: DecoderConfig, draft: Eagle3 | None) -> None:
+    if draft is None:
+        raise ValueError("rollout.speculative_algorithm = EAGLE3 needs a draft model")
+    sizes = draft.config
+    if (sizes.hidden_size, sizes.vocab_size) != (target.hidden_size, target.vocab_size):
+        raise ValueError(
+            f"draft and policy do not fit: hidden size {sizes.hidden_size} and vocabulary {sizes.vocab_size} "
+            f"against {target.hidden_size} and {target.vocab_size}"
+        )
+    if max(sizes.aux_layer_ids) >= target.num_layers:
+        raise ValueError(
+            f"draft and policy do not fit: layer {max(sizes.aux_layer_ids)} is to be captured, "
+            f"the policy has layers 0 to {target.num_layers - 1}"
+        )
+
+
+def check_requests(requests: Iterable[RolloutRequest], context_length: int, *, has_detokenizer: bool) -> None:
+    """Raise ValueError naming the first request that cannot be served."""
+    seen: set[tuple[int, int]] = set()
+    for request in requests:
+        fault = _fault(request, context_length, has_detokenizer)
+        if request.key in seen:
+            fault = "another request has the same ids"
+        if fault is not None:
+            raise ValueError(f"request (prompt {request.prompt_id}, sample {request.sample_id}): {fault}")
+        seen.add(request.key)
+
+
+def _fault(request: RolloutRequest, context_length: int, has_detokenizer: bool) -> str | None:
+    prompt_len, sampling = len(request.prompt_ids), request.sampling
+    if prompt_len == 0:
+        return "the prompt is empty"
+    if prompt_len >= context_length:
+        return f"{prompt_len} prompt tokens leave no room in a context of {context_length}"
+    if sampling.max_new_tokens < 1:
+        return f"max_new_tokens = {sampling.max_new_tokens}, at least 1 is needed"
+    if sampling.temperature < 0 or not 0 < sampling.top_p <= 1 or sampling.top_k < 0:
+        return "temperature and top_k must not be negative, and top_p lies in (0, 1]"
+    if sampling.stop and not has_detokenizer:
+        return "stop strings need an engine with a detokenizer; use stop_token_ids"
+    return None

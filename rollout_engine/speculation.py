@@ -1,0 +1,198 @@
+"""How many tokens to draft now: measured step costs and observed acceptance in, a depth out.
+
+A rollout starts with a large batch, where verifying more tokens costs more than it wins, and ends in a long tail of a
+few rows, where drafts are nearly free. `choose_depth` is pure; `DepthController` keeps what it needs to know.
+"""
+
+from __future__ import annotations
+
+import json
+from bisect import bisect_left
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class SpecPlan:
+    """Draft `depth` tokens for each of the first `num_rows` rows; the others decode plainly beside them."""
+
+    depth: int
+    num_rows: int
+
+
+@dataclass(frozen=True, slots=True)
+class CostTable:
+    """`step_s[i][d]`: seconds of a whole decode step of batches[i] rows with d drafts each, drafting included."""
+
+    batches: tuple[int, ...]  # ascending
+    step_s: tuple[tuple[float, ...], ...]
+
+    @property
+    def max_depth(self) -> int:
+        return len(self.step_s[0]) - 1
+
+    def seconds(self, batch: int, depth: int) -> float:
+        """Linear between measured batches and beyond the last two; constant below the first."""
+        if batch <= self.batches[0] or len(self.batches) == 1:
+            return self.step_s[0][depth]
+        high = min(bisect_left(self.batches, batch), len(self.batches) - 1)
+        low_batch, high_batch = self.batches[high - 1], self.batches[high]
+        low_s, high_s = self.step_s[high - 1][depth], self.step_s[high][depth]
+        return low_s + (high_s - low_s) * (batch - low_batch) / (high_batch - low_batch)
+
+    def save(self, path: Path) -> None:
+        path.write_text(json.dumps(asdict(self), indent=1) + "\n")
+
+    @classmethod
+    def load(cls, path: Path) -> CostTable:
+        """Raises ValueError naming the file when it is not a cost table."""
+        try:
+            return cls.from_dict(json.loads(path.read_text()))
+        except FileNotFoundError as error:
+            raise ValueError(f"{path}: no such cost table; rollout.cost_table = '' measures one at start") from error
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ValueError(f"{path}: not a cost table with batches and step_s ({error})") from error
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> CostTable:
+        return cls(tuple(data["batches"]), tuple(tuple(row) for row in data["step_s"]))
+
+
+def expected_tokens(acceptance: Sequence[float], depth: int) -> float:
+    """Tokens that one verify step emits on average; acceptance[j] is that of draft j, given that all before stood."""
+    tokens, reached = 1.0, 1.0
+    for rate in acceptance[:depth]:
+        reached *= rate
+        tokens += reached
+    return tokens
+
+
+def choose_depth(table: CostTable, batch: int, acceptance: Sequence[float], max_depth: int) -> int:
+    """The depth 0 .. max_depth with the most expected tokens per second; the smallest of equals."""
+    speeds = [expected_tokens(acceptance, depth) / table.seconds(batch, depth) for depth in range(max_depth + 1)]
+    return speeds.index(max(speeds))
+
+
+def measure_steps(step: Callable[[int, int], None], max_batch: int, max_depth: int, budget_s: float) -> CostTable:
+    """Time `step(batch, depth)` for batches 1, 2, 4 .. max_batch: a warm-up and two rounds, more while time is left.
+
+    `step` must have finished its work when it returns. Rounds visit every point, so that a slow moment of the
+    machine does not fall on one; the least time counts.
+    """
+    batches = tuple(sorted({min(1 << i, max_batch) for i in range(max_batch.bit_length() + 1)}))
+    points = [(batch, depth) for batch in batches for depth in range(max_depth + 1)]
+    for point in points:
+        step(*point)
+    least = dict.fromkeys(points, float("inf"))
+    end, rounds = perf_counter() + budget_s, 0
+    while rounds < 2 or perf_counter() < end:
+        for point in points:
+            start = perf_counter()
+            step(*point)
+            least[point] = min(least[point], perf_counter() - start)
+        rounds += 1
+    return CostTable(batches, tuple(tuple(least[batch, depth] for depth in range(max_depth + 1)) for batch in batches))
+
+
+class AcceptanceTracker:
+    """Moving averages of conditional acceptance by draft position, half-forgotten after `half_life` verifications.
+
+    A position that was rarely reached takes after the one before it, and the first one starts optimistic: only what
+    is tried can be learnt. So depths left alone for long are tried again by themselves.
+    """
+
+    def __init__(self, num_positions: int, half_life: float = 200.0, optimism: float = 0.8) -> None:
+        self._tried = [0.0] * num_positions
+        self._accepted = [0.0] * num_positions
+        self._half_life = half_life
+        self._optimism = optimism
+
+    _PRIOR_WEIGHT = 8.0
+
+    def rates(self) -> tuple[float, ...]:
+        rates: list[float] = []
+        prior = self._optimism
+        for tried, accepted in zip(self._tried, self._accepted, strict=True):
+            prior = (accepted + self._PRIOR_WEIGHT * prior) / (tried + self._PRIOR_WEIGHT)
+            rates.append(prior)
+        return tuple(rates)
+
+    def observe(self, depth: int, num_accepted: Sequence[int]) -> None:
+        """One verification per element, each of `depth` drafts."""
+        self.fade(0.5 ** (len(num_accepted) / self._half_life))
+        for position in range(depth):
+            self._tried[position] += sum(n >= position for n in num_accepted)
+            self._accepted[position] += sum(n > position for n in num_accepted)
+
+    def fade(self, factor: float) -> None:
+        """Weaken what was observed so far."""
+        self._tried = [factor * tried for tried in self._tried]
+        self._accepted = [factor * accepted for accepted in self._accepted]
+
+    def state(self) -> dict[str, list[float]]:
+        return {"tried": list(self._tried), "accepted": list(self._accepted)}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        self._tried, self._accepted = list(state["tried"]), list(state["accepted"])
+
+
+_FIRST_PROBE = 32  # plain steps before the first probe; the pause doubles with each probe that changes nothing
+_LAST_PROBE = 1024
+_PROBE_ROWS = 4
+_NEW_WEIGHTS_FADE = 0.25  # how much old acceptance says about new weights
+
+
+class DepthController:
+    """Plans each decode step. Without a cost table it always drafts `max_depth` tokens."""
+
+    def __init__(self, max_depth: int, table: CostTable | None) -> None:
+        self.table = table
+        self._max_depth = max_depth
+        self._tracker = AcceptanceTracker(max_depth)
+        self._num_plain_steps = 0
+        self._probe_after = _FIRST_PROBE
+
+    @property
+    def acceptance(self) -> tuple[float, ...]:
+        """Current estimates by position."""
+        return self._tracker.rates()
+
+    def plan(self, batch: int) -> SpecPlan:
+        """For the next step of `batch` rows."""
+        if self.table is None:
+            return SpecPlan(self._max_depth, batch)
+        depth = choose_depth(self.table, batch, self._tracker.rates(), self._max_depth)
+        if depth > 0:
+            self._num_plain_steps, self._probe_after = 0, _FIRST_PROBE
+            return SpecPlan(depth, batch)
+        self._num_plain_steps += 1
+        if self._num_plain_steps < self._probe_after:
+            return SpecPlan(0, 0)
+        self._num_plain_steps, self._probe_after = 0, min(2 * self._probe_after, _LAST_PROBE)
+        return SpecPlan(1, min(batch, _PROBE_ROWS))
+
+    def observe(self, plan: SpecPlan, num_accepted: Sequence[int]) -> None:
+        """Accepted drafts of the planned rows; a row for which nothing could be proposed accepted none."""
+        self._tracker.observe(plan.depth, num_accepted)
+
+    def new_weights(self) -> None:
+        """Policy and draft have changed, perhaps for the better."""
+        self._tracker.fade(_NEW_WEIGHTS_FADE)
+        self._probe_after = max(_FIRST_PROBE, self._probe_after // 2)
+
+    def state(self) -> dict[str, Any]:
+        """For a checkpoint; JSON-able."""
+        return {
+            "table": asdict(self.table) if self.table else None,
+            "tracker": self._tracker.state(),
+            "num_plain_steps": self._num_plain_steps,
+            "probe_after": self._probe_after,
+        }
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        self.table = CostTable.from_dict(state["table"]) if state["table"] else None
+        self._tracker.load_state(state["tracker"])
+        self._num_plain_steps, self._probe_after = state["num_plain_steps"], state["probe_after"]
