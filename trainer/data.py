@@ -103,8 +103,7 @@ def load_prompts(
     absent, wrong type, too long. With `skip_bad_rows` bad rows are left out and counted.
     """
     path = Path(path)
-    if config.apply_chat_template and not tokenizer.chat_template:
-        raise ConfigError("--apply-chat-template: the checkpoint's tokenizer has no chat template; leave the flag out")
+    _check_template(config, tokenizer)
     rows, num_skipped = [], 0
     for number, line in _lines(path):
         try:
@@ -117,6 +116,21 @@ def load_prompts(
         why = f"all {num_skipped} rows are bad" if num_skipped else "it has no rows"
         raise ConfigError(f"{path}: no prompts, {why}; expected one JSON object a line")
     return PromptData(tuple(rows), seed, config.rollout_shuffle, num_skipped)
+
+
+def one_prompt(text: str, config: DataConfig, tokenizer: Tokenizer, *, max_prompt_len: int) -> Prompt:
+    """A prompt given as text, as row 0 of a file would be, without a label. `ConfigError` when it does not fit."""
+    _check_template(config, tokenizer)
+    try:
+        text = _prompt_text(text, config, tokenizer)
+        return Prompt(0, 0, text, _tokenize(text, config, tokenizer, max_prompt_len), "")
+    except _BadRow as bad:
+        raise ConfigError(f"--prompt: {bad}") from None
+
+
+def _check_template(config: DataConfig, tokenizer: Tokenizer) -> None:
+    if config.apply_chat_template and not tokenizer.chat_template:
+        raise ConfigError("--apply-chat-template: the checkpoint's tokenizer has no chat template; leave the flag out")
 
 
 class _BadRow(ValueError):
@@ -145,15 +159,20 @@ def _row(line: str, config: DataConfig, tokenizer: Tokenizer, max_prompt_len: in
         raise _BadRow(f"expected a JSON object, got {type(record).__name__}")
     label = _get(record, config.label_key, "--label-key")
     text = _prompt_text(_get(record, config.input_key, "--input-key"), config, tokenizer)
+    token_ids = _tokenize(text, config, tokenizer, max_prompt_len)
+    return _Row(text, token_ids, label if isinstance(label, str) else json.dumps(label))
+
+
+def _tokenize(text: str, config: DataConfig, tokenizer: Tokenizer, max_prompt_len: int) -> tuple[int, ...]:
     token_ids = tuple(tokenizer.encode(text, add_special_tokens=not config.apply_chat_template))
     if not token_ids:
-        raise _BadRow(f"key {config.input_key!r} holds an empty prompt")
+        raise _BadRow("the prompt is empty")
     if len(token_ids) > max_prompt_len:
         raise _BadRow(
             f"the prompt has {len(token_ids)} tokens, at most {max_prompt_len} leave room for a response in the "
             "context; shorten it, raise rollout.context_length or set data.skip_bad_rows"
         )
-    return _Row(text, token_ids, label if isinstance(label, str) else json.dumps(label))
+    return token_ids
 
 
 def _get(record: dict[str, Any], key: str, flag: str) -> Any:

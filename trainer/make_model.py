@@ -258,7 +258,7 @@ def _write(
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # a second bar inside the command's own display
-    model.config.slipstream = _provenance(model, config)
+    model.config.slipstream = {**provenance(config), "num_parameters": model.num_parameters()}
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     for name, start, count in (
@@ -278,20 +278,20 @@ def write_prompts(path: Path, task: Task, seed: int, start: int, count: int) -> 
             file.write(json.dumps({"prompt": problem.prompt, "label": problem.label}) + "\n")
 
 
-def _provenance(model: PreTrainedModel, config: MakeModelConfig) -> dict[str, Any]:
+def provenance(config: MakeModelConfig) -> dict[str, Any]:
+    """How a model was made, as its config.json says under "slipstream"; enough to make it again."""
     made_by = {key: value for key, value in asdict(config).items() if key != "out"}
-    synthetic = config.eps_residual != 1.0 or not (config.warm_start_steps or config.warm_start_s)
-    return {**made_by, "synthetic": synthetic, "num_parameters": model.num_parameters()}
+    return {**made_by, "synthetic": config.eps_residual != 1.0 or not (config.warm_start_steps or config.warm_start_s)}
 
 
-def _readme(provenance: dict[str, Any]) -> str:
-    what = f"A {provenance['num_parameters'] / 1e6:.1f}M-parameter {provenance['model_type']} policy"
-    if provenance["synthetic"]:
+def _readme(made: dict[str, Any]) -> str:
+    what = f"A {made['num_parameters'] / 1e6:.1f}M-parameter {made['model_type']} policy"
+    if made["synthetic"]:
         how = (
             "SYNTHETIC: its weights are random, or its upper residual branches are scaled. It is a subject for "
             "speed measurements and says nothing about language."
         )
     else:
-        how = f"Warm-started on demonstrations of the task {provenance['task']!r}, mistakes included."
-    settings = json.dumps(provenance, indent=2)
+        how = f"Warm-started on demonstrations of the task {made['task']!r}, mistakes included."
+    settings = json.dumps(made, indent=2)
     return f"# {what}\n\nMade by `slipstream make-model`. {how}\n\n```json\n{settings}\n```\n"

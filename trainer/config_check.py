@@ -1,0 +1,171 @@
+"""Settings that contradict each other, found before anything heavy is loaded. Pure functions of the config."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from rollout_engine.config import RolloutConfig
+from trainer.config import ConfigError, RunConfig
+from trainer.suggest import nearest
+
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "rollout.engine": ("torch",),
+    "rollout.dtype": ("float32", "bfloat16", "float64"),
+    "rollout.speculative_algorithm": ("EAGLE3", "NGRAM", "NONE"),
+    "rollout.verify_rule": ("rejection", "target_only", "coupled"),
+    "rollout.controller": ("adaptive", "fixed"),
+    "policy.dtype": ("float32", "bfloat16"),
+    "policy.lr_decay_style": ("constant", "linear", "cosine", "inverse-square-root"),
+    "algorithm.advantage_estimator": ("grpo",),
+    "algorithm.kl_loss_type": ("k1", "k2", "k3", "low_var_kl"),
+}
+
+_AT_LEAST_ONE = (
+    "num_rollout",
+    "data.rollout_batch_size",
+    "data.n_samples_per_prompt",
+    "algorithm.num_steps_per_rollout",
+    "rollout.max_response_len",
+    "rollout.max_running_requests",
+    "policy.tensor_model_parallel_size",
+    "policy.pipeline_model_parallel_size",
+    "policy.max_tokens_per_gpu",
+    "draft.unroll",
+    "draft.updates_per_step",
+)
+
+
+def validate(config: RunConfig, *, world_size: int = 1) -> list[str]:
+    """Warnings, one line each. `ConfigError` for settings that no run can have."""
+    _check_choices(config, _CHOICES)
+    for key in _AT_LEAST_ONE:
+        if _get(config, key) < 1:
+            raise ConfigError(f"{key} = {_get(config, key)}: it must be at least 1")
+    _check_sources(config)
+    _check_batch(config, world_size)
+    return [*check_rollout(config.rollout, config.deterministic), *_training_warnings(config)]
+
+
+def check_rollout(rollout: RolloutConfig, deterministic: bool = False) -> list[str]:
+    """What `validate` says about the engine alone: `slipstream generate` has no other settings."""
+    _check_choices(rollout, {key: known for key, known in _CHOICES.items() if key.startswith("rollout.")}, "rollout.")
+    if rollout.temperature < 0:
+        raise ConfigError(f"rollout.temperature = {rollout.temperature}: it must be 0 (greedy) or more")
+    if not 0 < rollout.top_p <= 1:
+        raise ConfigError(f"rollout.top_p = {rollout.top_p}: it must be above 0 and at most 1 (off)")
+    if rollout.top_k < 0:
+        raise ConfigError(f"rollout.top_k = {rollout.top_k}: it must be 0 (off) or more")
+    if rollout.context_length and rollout.max_response_len >= rollout.context_length:
+        raise ConfigError(
+            f"rollout.max_response_len = {rollout.max_response_len} leaves no room for a prompt in "
+            f"rollout.context_length = {rollout.context_length}"
+        )
+    if rollout.speculative_algorithm == "NONE":
+        return []
+    _check_speculation(rollout, deterministic)
+    if rollout.speculative_algorithm == "NGRAM" and rollout.verify_rule == "rejection":
+        return [
+            "n-gram drafts are point masses, for which rollout.verify_rule 'rejection' and 'target_only' are one rule: "
+            "a draft x is accepted with p(x)"
+        ]
+    return []
+
+
+def _check_speculation(rollout: RolloutConfig, deterministic: bool) -> None:
+    k = rollout.speculative_num_steps
+    if k < 1:
+        raise ConfigError(
+            f"rollout.speculative_num_steps = {k} with {rollout.speculative_algorithm}: "
+            "it must be at least 1, or set rollout.speculative_algorithm = 'NONE'"
+        )
+    if rollout.speculative_eagle_topk != 1:
+        raise ConfigError(
+            f"rollout.speculative_eagle_topk = {rollout.speculative_eagle_topk}: only 1, a chain, is supported"
+        )
+    if rollout.speculative_num_draft_tokens not in (0, k + 1):
+        raise ConfigError(
+            f"rollout.speculative_num_draft_tokens = {rollout.speculative_num_draft_tokens}: with topk 1 and "
+            f"num_steps = {k} it must be {k + 1} (or 0, which means that)"
+        )
+    if not 1 <= rollout.ngram_min_match <= rollout.ngram_max_match:
+        raise ConfigError(
+            f"rollout.ngram_min_match = {rollout.ngram_min_match} and ngram_max_match = {rollout.ngram_max_match}: "
+            "they must be at least 1 and in this order"
+        )
+    if deterministic and rollout.controller == "adaptive" and not rollout.cost_table:
+        raise ConfigError(
+            "deterministic = true with rollout.controller = 'adaptive' would let timings choose the draft depth: set "
+            "rollout.controller = 'fixed', or give a measured rollout.cost_table"
+        )
+
+
+def _check_sources(config: RunConfig) -> None:
+    if not config.policy.hf_checkpoint:
+        raise ConfigError("policy.hf_checkpoint is not set: give --hf-checkpoint DIR")
+    if not config.data.prompt_data:
+        raise ConfigError("data.prompt_data is not set: give --prompt-data FILE.jsonl")
+    if config.eval_interval and not config.data.eval_prompt_data:
+        raise ConfigError("eval_interval is set but data.eval_prompt_data is not: give --eval-prompt-data FILE.jsonl")
+
+
+def _check_batch(config: RunConfig, world_size: int) -> None:
+    data, algorithm = config.data, config.algorithm
+    if data.n_samples_per_prompt == 1:
+        raise ConfigError(
+            "data.n_samples_per_prompt = 1: grpo compares the samples of one prompt, a group of 1 has no advantage; "
+            "give 2 or more"
+        )
+    if config.rollout.temperature == 0:
+        raise ConfigError(
+            "rollout.temperature = 0: the samples of a group would all be equal and teach nothing; give a temperature"
+        )
+    samples, steps = data.rollout_batch_size * data.n_samples_per_prompt, algorithm.num_steps_per_rollout
+    rollout_is = f"{data.rollout_batch_size} prompts x {data.n_samples_per_prompt} samples = {samples}"
+    if samples % steps:
+        raise ConfigError(f"{rollout_is} do not divide into algorithm.num_steps_per_rollout = {steps} equal parts")
+    model_parallel = config.policy.tensor_model_parallel_size * config.policy.pipeline_model_parallel_size
+    if world_size % model_parallel:
+        raise ConfigError(
+            f"{world_size} rank(s) cannot hold tensor_model_parallel_size x pipeline_model_parallel_size = "
+            f"{model_parallel}; start a multiple of {model_parallel} with torchrun --nproc-per-node"
+        )
+    data_parallel = world_size // model_parallel
+    if samples // steps % data_parallel:
+        raise ConfigError(
+            f"{rollout_is}, in {steps} optimizer step(s), do not divide over {data_parallel} data-parallel ranks"
+        )
+
+
+def _training_warnings(config: RunConfig) -> list[str]:
+    rollout = config.rollout
+    filters = [
+        f"{name} = {value}"
+        for name, value, off in (("top_p", rollout.top_p, 1.0), ("top_k", rollout.top_k, 0))
+        if value != off
+    ]
+    if not filters:
+        return []
+    return [
+        f"rollout.{' and '.join(filters)} in training: samples come from the filtered policy, the gradient is the "
+        "unfiltered one's"
+    ]
+
+
+def _check_choices(config: Any, choices: dict[str, Sequence[str]], prefix: str = "") -> None:
+    for key, known in choices.items():
+        value = _get(config, key.removeprefix(prefix))
+        if key == "rollout.engine" and value == "sglang":
+            raise ConfigError("rollout.engine = 'sglang' is not available yet; use 'torch'")
+        if key == "rollout.verify_rule" and value == "greedy":
+            raise ConfigError(
+                "rollout.verify_rule = 'greedy' is what temperature 0 uses by itself; choose the rule for others"
+            )
+        if value not in known:
+            raise ConfigError(f"{key} = {value!r} is unknown{nearest(value, known)}; use one of {', '.join(known)}")
+
+
+def _get(config: Any, key: str) -> Any:
+    for name in key.split("."):
+        config = getattr(config, name)
+    return config

@@ -1,0 +1,240 @@
+"""TOML recipe and command-line flags -> one frozen `RunConfig`, or one line that says what is wrong and where."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, get_args, get_origin, get_type_hints
+
+from trainer.config import ConfigError, RunConfig
+from trainer.flags import DERIVED, TABLE
+from trainer.suggest import nearest
+
+_TRUE, _FALSE = ("true", "1", "yes", "on"), ("false", "0", "no", "off")
+_TYPE_NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "a string"}
+
+
+@dataclass(frozen=True, slots=True)
+class Override:
+    """One setting given on the command line."""
+
+    flag: str  # as the user wrote it, for errors
+    key: str  # dotted
+    text: str
+
+
+@cache
+def known_keys() -> dict[str, Any]:
+    """Every dotted key of `RunConfig` with its type; `policy.megatron` is a mapping that takes any key."""
+    return dict(_leaves(RunConfig, ""))
+
+
+def _leaves(cls: type, prefix: str) -> Iterator[tuple[str, Any]]:
+    hints = get_type_hints(cls)
+    for field in fields(cls):
+        kind = hints[field.name]
+        if is_dataclass(kind):
+            yield from _leaves(kind, f"{prefix}{field.name}.")
+        else:
+            yield prefix + field.name, kind
+
+
+def parse_flags(arguments: Sequence[str]) -> tuple[list[str], list[Override]]:
+    """(what is no flag, the settings given by flags), each in order. `ConfigError` names the nearest known flag.
+
+    `--key=value` and `--key value`; `-` and `_` are the same in a flag. A boolean flag needs no value.
+    """
+    positional: list[str] = []
+    overrides: list[Override] = []
+    rest = list(arguments)
+    while rest:
+        argument = rest.pop(0)
+        if not argument.startswith("--"):
+            positional.append(argument)
+            continue
+        flag, equals, text = argument.partition("=")
+        key, fixed = _key_of(flag)
+        if fixed:
+            if equals:
+                raise ConfigError(f"{flag} takes no value, got {text!r}")
+            text = fixed
+        elif not equals:
+            text = _following_value(flag, key, rest)
+        overrides.append(Override(flag, key, text))
+    return positional, overrides
+
+
+def _key_of(flag: str) -> tuple[str, str]:
+    """(dotted key, fixed value or '') of a flag as the user wrote it."""
+    name = "--" + flag[2:].replace("_", "-")
+    if name in TABLE:
+        return TABLE[name].key, TABLE[name].value
+    if flag.startswith("--policy.megatron."):
+        return flag[2:], ""
+    key = flag[2:].replace("-", "_")
+    if key in known_keys() and not _is_mapping(known_keys()[key]):
+        return key, ""
+    own = [f"--{known.replace('_', '-')}" for known in known_keys()]
+    raise ConfigError(f"unknown flag {flag}{nearest(name, [*TABLE, *own])}; slipstream train --help lists them all")
+
+
+def _following_value(flag: str, key: str, rest: list[str]) -> str:
+    """Take the flag's value from the arguments behind it; a boolean flag may stand alone."""
+    if known_keys().get(key) is bool:
+        return rest.pop(0) if rest and rest[0].lower() in (*_TRUE, *_FALSE) else "true"
+    if not rest or rest[0].startswith("--"):
+        raise ConfigError(f"{flag} needs a value, {_expected(_type_of(key))}")
+    return rest.pop(0)
+
+
+def load_config(recipe: Path | None, overrides: Sequence[Override] = ()) -> RunConfig:
+    """The recipe's settings with the command line's on top. `ConfigError`: unknown key, wrong type, unreadable file."""
+    values = {} if recipe is None else read_recipe(recipe)
+    derived: dict[str, Override] = {}
+    for override in overrides:
+        value = parse_text(override.text, _type_of(override.key), override.flag)
+        if override.key in DERIVED:
+            derived[override.key] = override
+        else:
+            values[override.key] = value
+    if "global_batch_size" in derived:
+        _apply_global_batch_size(values, derived["global_batch_size"])
+    return build(values)
+
+
+def read_recipe(recipe: Path) -> dict[str, Any]:
+    """Dotted key -> checked value of a TOML file."""
+    try:
+        tables = tomllib.loads(recipe.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"recipe {recipe}: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"recipe {recipe}: not TOML ({error})") from None
+    return dict(_flatten(tables, "", str(recipe)))
+
+
+def _flatten(table: Mapping[str, Any], prefix: str, where: str) -> Iterator[tuple[str, Any]]:
+    tables = {key.rpartition(".")[0] for key in known_keys()}
+    for name, value in table.items():
+        key = prefix + name
+        if key in known_keys():
+            yield from _checked(key, value, where)
+        elif key not in tables:
+            raise ConfigError(f"{where}: unknown key {key!r}{_nearest_key(key)}")
+        elif not isinstance(value, dict):
+            raise ConfigError(f"{where}: {key} = {value!r}, but {key} is a table; write [{key}]")
+        else:
+            yield from _flatten(value, f"{key}.", where)
+
+
+def _checked(key: str, value: Any, where: str) -> Iterator[tuple[str, Any]]:
+    kind = known_keys()[key]
+    if _is_mapping(kind):
+        if not isinstance(value, dict):
+            raise ConfigError(f"{where}: {key} = {value!r}, but {key} is a table; write [{key}]")
+        yield from ((f"{key}.{name}", item) for name, item in value.items())
+    else:
+        yield key, check_value(value, kind, f"{where}: {key}")
+
+
+def _nearest_key(key: str) -> str:
+    """A key of the same last name in another table, else the one spelt most alike."""
+    leaf = key.rpartition(".")[2]
+    same = [known for known in known_keys() if known.rpartition(".")[2] == leaf]
+    tables = {known.partition(".")[0] for known in known_keys() if "." in known}
+    return f", did you mean {same[0]!r}?" if same else nearest(key, [*known_keys(), *tables])
+
+
+def check_value(value: Any, kind: Any, where: str) -> Any:
+    """A TOML value as the setting's type: whole numbers are numbers too, lists become tuples."""
+    if get_origin(kind) is tuple:
+        if isinstance(value, list):
+            return tuple(check_value(item, get_args(kind)[0], where) for item in value)
+    elif kind is float and type(value) is int:
+        return float(value)
+    elif type(value) is kind:
+        return value
+    raise ConfigError(f"{where} = {value!r} is of the wrong type, expected {_expected(kind)}")
+
+
+def parse_text(text: str, kind: Any, where: str) -> Any:
+    """A command line's text as the setting's type; lists are separated by commas, brackets allowed."""
+    try:
+        if get_origin(kind) is tuple:
+            items = text.strip().strip("[]()").split(",")
+            return tuple(
+                parse_text(item.strip().strip("'\""), get_args(kind)[0], where) for item in items if item.strip()
+            )
+        if kind is bool:
+            return {**dict.fromkeys(_TRUE, True), **dict.fromkeys(_FALSE, False)}[text.lower()]
+        if kind is Any:
+            return _parse_any(text)
+        return kind(text)
+    except (ValueError, KeyError):
+        raise ConfigError(f"{where} {text!r} is of the wrong type, expected {_expected(kind)}") from None
+
+
+def _parse_any(text: str) -> Any:
+    """A pass-through value: TOML if it is any, else the text itself."""
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _type_of(key: str) -> Any:
+    if key.startswith("policy.megatron."):
+        return Any
+    return DERIVED.get(key) or known_keys()[key]
+
+
+def _is_mapping(kind: Any) -> bool:
+    return get_origin(kind) is dict
+
+
+def _expected(kind: Any) -> str:
+    if get_origin(kind) is tuple:
+        return f"a list, each {_expected(get_args(kind)[0])}"
+    return _TYPE_NAMES.get(kind, "a value")
+
+
+def build(values: Mapping[str, Any]) -> RunConfig:
+    """`RunConfig` from dotted keys and values of the right types; what is absent keeps its default."""
+    return _build(RunConfig, values, "")
+
+
+def _build(cls: Any, values: Mapping[str, Any], prefix: str) -> Any:
+    hints = get_type_hints(cls)
+    arguments: dict[str, Any] = {}
+    for field in fields(cls):
+        key, kind = prefix + field.name, hints[field.name]
+        if is_dataclass(kind):
+            arguments[field.name] = _build(kind, values, f"{key}.")
+        elif _is_mapping(kind):
+            start = f"{key}."
+            arguments[field.name] = {k.removeprefix(start): v for k, v in values.items() if k.startswith(start)}
+        elif key in values:
+            arguments[field.name] = values[key]
+    return cls(**arguments)
+
+
+def _apply_global_batch_size(values: dict[str, Any], override: Override) -> None:
+    """slime's --global-batch-size: samples of a rollout / samples of one optimizer step = optimizer steps."""
+    key = "algorithm.num_steps_per_rollout"
+    size = parse_text(override.text, int, override.flag)
+    data = build(values).data
+    samples = data.rollout_batch_size * data.n_samples_per_prompt
+    if size < 1 or samples % size:
+        raise ConfigError(
+            f"{override.flag} {size} does not divide the {samples} samples of a rollout "
+            f"({data.rollout_batch_size} prompts x {data.n_samples_per_prompt})"
+        )
+    if values.get(key, samples // size) != samples // size:
+        raise ConfigError(
+            f"{override.flag} {size} makes {samples // size} optimizer steps a rollout, "
+            f"but {key} = {values[key]}; give one of them"
+        )
+    values[key] = samples // size

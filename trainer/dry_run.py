@@ -1,0 +1,44 @@
+"""`--dry-run`: read and check everything that a run reads, print the settings and the plan, write nothing."""
+
+from __future__ import annotations
+
+from trainer.config import RunConfig
+from trainer.run import Inputs, make_draft, read_inputs
+from trainer.run_dir import check_run_dir
+from trainer.toml_writer import to_toml
+
+
+def dry_run(config: RunConfig) -> int:
+    """Print the resolved recipe and what the run would do. `ConfigError` for whatever the run would refuse."""
+    run = check_run_dir(config)
+    inputs = read_inputs(config)
+    make_draft(config, inputs)
+    print(to_toml(config))
+    print("\n".join(plan(config, inputs)))
+    print(f"dry run: everything checked, nothing written; the run would go to {run.path}")
+    return 0
+
+
+def plan(config: RunConfig, inputs: Inputs) -> list[str]:
+    """What the run would do, a line each."""
+    data, rollout = config.data, config.rollout
+    samples = data.rollout_batch_size * data.n_samples_per_prompt
+    rows = len(inputs.prompts)
+    epochs = config.num_rollout * data.rollout_batch_size / rows
+    skipped = f", {inputs.prompts.num_skipped} bad rows skipped" if inputs.prompts.num_skipped else ""
+    speculation = "plain decoding"
+    if rollout.speculative_algorithm != "NONE":
+        speculation = (
+            f"{rollout.speculative_algorithm} with k = {rollout.speculative_num_steps}, rule {rollout.verify_rule}, "
+            f"{rollout.controller} depth"
+        )
+    lines = [
+        f"# prompts     {rows} rows of {data.prompt_data}{skipped}; {epochs:.2f} epochs",
+        f"# a step      {data.rollout_batch_size} prompts x {data.n_samples_per_prompt} = {samples} samples, "
+        f"{config.algorithm.num_steps_per_rollout} optimizer step(s)",
+        f"# steps       {config.num_rollout}",
+        f"# speculation {speculation}",
+    ]
+    if config.eval_interval:
+        lines.append(f"# evaluation  {len(inputs.eval_prompts)} prompts every {config.eval_interval} steps, greedy")
+    return lines
