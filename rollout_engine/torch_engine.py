@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -126,6 +126,12 @@ class TorchEngine:
         if self._ngram is not None:
             self._ngram.reset()
         return table
+
+    def without_speculation(self) -> TorchEngine:
+        """A plain engine on the same weights, with caches of its own: the baseline to compare this one with."""
+        config = replace(self._config, speculative_algorithm="NONE")
+        eos, version = tuple(self._eos), self._receiver.version
+        return TorchEngine(self._decoder, config, eos_token_ids=eos, detokenize=self._detokenize, version=version)
 
     def abort(self, keys: Iterable[tuple[int, int]] | None = None) -> None:
         """Finish requests early, all of them by default: each still yields what it has so far."""

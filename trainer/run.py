@@ -119,8 +119,8 @@ class Run:
         parts.append(
             shared_part(
                 "controller",
-                lambda: engine.controller_state() if engine else {},
-                lambda state: engine.load_controller_state(state) if engine else None,
+                lambda: engine.controller.state() if engine else {},
+                lambda state: engine.controller.load_state(state) if engine else None,
                 writes=engine is not None,
                 reads=engine is not None,
             )
