@@ -56,11 +56,10 @@ def incremental_logits(draft: Eagle3, sample: DraftSample, root: int, depth: int
 
 
 def chain_sources(samples: list[DraftSample]) -> list[tuple[int, int]]:
-    """(sample, root) of every chain in the batch's order."""
+    """(sample, root) of every chain in the batch's order: by length."""
+    by_length = sorted(enumerate(samples), key=lambda pair: len(pair[1].token_ids))
     return [
-        (index, root)
-        for index, sample in enumerate(samples)
-        for root in range(sample.prompt_len - 1, len(sample.token_ids) - 2)
+        (index, root) for index, sample in by_length for root in range(sample.prompt_len - 1, len(sample.token_ids) - 2)
     ]
 
 
