@@ -1,0 +1,297 @@
+"""Rollouts with and without speculation, and by transformers.generate: same weights, prompts, sampling and real EOS.
+
+All arms run in one process, one after another within each seed, the first place rotating. A seed chooses prompts and
+random numbers; ratios are of tokens per second, paired by seed. Of an arm with k draft tokens and rule R:
+tau, the tokens per verify, counts the bonus token; S is the speed against plain decoding; S/tau is what of tau turned
+into speed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from benchmarks.common import (
+    add_policy_options,
+    append_results,
+    arguments,
+    console,
+    data_config,
+    integers,
+    interleaved,
+    paired_ratio,
+    provenance,
+    run,
+    synchronize,
+    words,
+)
+from benchmarks.policy import BenchPolicy, capture, load_policy, make_engine, requests, target_statistics, train_draft
+from draft_models.checkpoint import load_draft, save_draft
+from draft_models.config import DraftConfig
+from draft_models.eagle3 import Eagle3, default_aux_layer_ids
+from rollout_engine.config import RolloutConfig
+from rollout_engine.torch_engine import TorchEngine
+from rollout_engine.types import RolloutRequest, Sample, SamplingParams, SpecStats
+from trainer.metrics import length_metrics, running_by_time, running_from_finishes, speculation_metrics
+
+ARMS = ("none", "eagle3", "ngram", "hf")
+NUM_TIME_BINS = 12
+MEASURED_SAMPLES = 32  # responses whose entropy and E[max p] are computed
+
+
+@dataclass(frozen=True, slots=True)
+class ArmRun:
+    """One arm's rollout of one seed's requests."""
+
+    seconds: float
+    lengths: tuple[int, ...]
+    finish_s: tuple[float, ...]
+    samples: tuple[Sample, ...] = ()  # empty for transformers
+
+    @property
+    def tokens_per_s(self) -> float:
+        return sum(self.lengths) / self.seconds
+
+
+def run_engine(engine: TorchEngine, work: Sequence[RolloutRequest]) -> ArmRun:
+    synchronize()
+    start_s = time.perf_counter()
+    finished = [(time.perf_counter() - start_s, sample) for sample in engine.generate(work)]
+    synchronize()
+    elapsed_s = time.perf_counter() - start_s
+    samples = tuple(sample for _, sample in finished)
+    return ArmRun(elapsed_s, tuple(len(s.token_ids) for s in samples), tuple(t for t, _ in finished), samples)
+
+
+def run_hf(policy: BenchPolicy, work: Sequence[RolloutRequest], batch_size: int) -> ArmRun:
+    """transformers.generate with its KV cache, left-padded, `batch_size` requests at a time."""
+    sampling = work[0].sampling
+    torch.manual_seed(sampling.seed % 2**32)
+    how = {"do_sample": sampling.temperature > 0}
+    if sampling.temperature > 0:
+        how |= {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
+    lengths: list[int] = []
+    finish_s: list[float] = []
+    synchronize()
+    start_s = time.perf_counter()
+    for i in range(0, len(work), batch_size):
+        batch = work[i : i + batch_size]
+        width = max(len(r.prompt_ids) for r in batch)
+        ids = [[policy.pad_token_id] * (width - len(r.prompt_ids)) + list(r.prompt_ids) for r in batch]
+        mask = [[0] * (width - len(r.prompt_ids)) + [1] * len(r.prompt_ids) for r in batch]
+        out = policy.hf_model.generate(
+            torch.tensor(ids, device=policy.decoder.device),
+            attention_mask=torch.tensor(mask, device=policy.decoder.device),
+            max_new_tokens=sampling.max_new_tokens,
+            eos_token_id=list(policy.eos_token_ids),
+            pad_token_id=policy.pad_token_id,
+            use_cache=True,
+            **how,
+        )
+        lengths += [response_length(row, policy.eos_token_ids) for row in out[:, width:].tolist()]
+        finish_s += [time.perf_counter() - start_s] * len(batch)
+    synchronize()
+    return ArmRun(time.perf_counter() - start_s, tuple(lengths), tuple(finish_s))
+
+
+def response_length(row: Sequence[int], eos_token_ids: Sequence[int]) -> int:
+    """Tokens up to the first end of sequence, itself included; what follows is padding."""
+    ends = [i for i, token in enumerate(row) if token in eos_token_ids]
+    return ends[0] + 1 if ends else len(row)
+
+
+def make_arms(
+    args: argparse.Namespace, policy: BenchPolicy, draft: Eagle3 | None, batch_size: int
+) -> dict[str, Callable[[int], ArmRun]]:
+    base = RolloutConfig(
+        max_running_requests=batch_size,
+        dtype=args.dtype,
+        device=args.device,
+        speculative_algorithm="NONE",
+        speculative_num_steps=args.k,
+        verify_rule=args.rule,
+        controller=args.controller,
+    )
+    engines = {
+        "none": lambda: make_engine(policy, base),
+        "eagle3": lambda: make_engine(policy, replace(base, speculative_algorithm="EAGLE3"), draft),
+        "ngram": lambda: make_engine(policy, replace(base, speculative_algorithm="NGRAM")),
+    }
+    work = partial(work_of, args, policy, batch_size)
+    arms: dict[str, Callable[[int], ArmRun]] = {}
+    for name in args.spec:
+        if name == "hf":
+            arms[name] = lambda seed: run_hf(policy, work(seed), batch_size)
+        else:
+            arms[name] = engine_arm(engines[name](), work)
+    return arms
+
+
+def engine_arm(engine: TorchEngine, work: Callable[[int], list[RolloutRequest]]) -> Callable[[int], ArmRun]:
+    return lambda seed: run_engine(engine, work(seed))
+
+
+def work_of(args: argparse.Namespace, policy: BenchPolicy, batch_size: int, seed: int) -> list[RolloutRequest]:
+    sampling = SamplingParams(args.temperature, args.top_p, args.top_k, args.max_new_tokens)
+    return requests(policy, max(args.min_requests, batch_size * args.waves), seed, sampling)
+
+
+def trained_draft(args: argparse.Namespace, policy: BenchPolicy) -> Eagle3:
+    """A draft for this policy from its own plain rollouts; with seeds that no measured rollout uses."""
+    engine = make_engine(policy, RolloutConfig(max_running_requests=32, speculative_algorithm="NONE", dtype=args.dtype))
+    sampling = SamplingParams(args.temperature, args.top_p, args.top_k, args.max_new_tokens)
+    samples = list(engine.generate(requests(policy, args.train_draft_samples, 1_000_003, sampling)))
+    engine.close()
+    config = DraftConfig(unroll=args.k, lr=args.train_draft_lr)
+    layers = default_aux_layer_ids(int(policy.hf_config["num_hidden_layers"]))
+    return train_draft(policy, capture(policy, samples, layers), config, args.train_draft_steps)
+
+
+def arm_row(name: str, runs: Sequence[ArmRun], plain: Sequence[ArmRun] | None) -> dict[str, Any]:
+    """One arm at one batch size; ratios are there when plain decoding was measured too."""
+    lengths = [n for run in runs for n in run.lengths]
+    spec = sum((s.spec for run in runs for s in run.samples), SpecStats())
+    row: dict[str, Any] = {
+        "arm": name,
+        "tokens_per_s": statistics.fmean(run.tokens_per_s for run in runs),
+        "tokens_per_s_by_seed": [run.tokens_per_s for run in runs],
+        "makespan_s": statistics.fmean(run.seconds for run in runs),
+        **length_metrics(lengths),
+        **(speculation_metrics(spec) if runs[0].samples else {}),
+    }
+    if plain is not None and name != "none":
+        ratio = paired_ratio([run.tokens_per_s for run in runs], [run.tokens_per_s for run in plain])
+        row |= {"speed_vs_plain": ratio}
+        if "accept_length" in row:
+            row |= {"speed_over_tau": ratio.mean / row["accept_length"]}
+    return row
+
+
+def profile(runs: Sequence[ArmRun], num_slots: int) -> list[float]:
+    """Running requests in equal parts of the rollout's time, averaged over seeds."""
+    by_run = [
+        running_by_time(running_from_finishes(run.finish_s, num_slots), run.seconds, NUM_TIME_BINS) for run in runs
+    ]
+    return [statistics.fmean(column) for column in zip(*by_run, strict=True)]
+
+
+def measure(args: argparse.Namespace, policy: BenchPolicy, draft: Eagle3 | None, batch_size: int) -> list[dict]:
+    arms = make_arms(args, policy, draft, batch_size)
+    for arm in arms.values():
+        arm(args.first_seed - 1)  # warm-up of every arm alike, with a seed that is not measured
+    runs = interleaved(arms, range(args.first_seed, args.first_seed + args.seeds))
+    rows = []
+    for name, arm_runs in runs.items():
+        row = {"batch_size": batch_size, **arm_row(name, arm_runs, runs.get("none"))}
+        if name != "hf":
+            row |= {"running_batch": profile(arm_runs, batch_size)}
+        rows.append(row)
+    reference = next((r for r in runs.get("none", []) if r.samples), None)
+    if reference is not None:
+        seen = capture(policy, reference.samples[:MEASURED_SAMPLES], (1,))
+        rows = [row | target_statistics(seen) for row in rows]
+    return rows
+
+
+def show(out: Console, rows: Sequence[dict[str, Any]], args: argparse.Namespace, policy: BenchPolicy) -> None:
+    rule = "greedy" if args.temperature == 0 else args.rule
+    table = Table(title=f"rollout: rule {rule}, k = {args.k}, {args.controller} controller, T = {args.temperature}")
+    heads = ("batch", "arm", "tok/s", "S [95 %]", "tau", "S/tau", "makespan", "mean len", "max")
+    for head in heads:
+        table.add_column(head, justify="left" if head == "arm" else "right", no_wrap=True)
+    for row in rows:
+        optional = [
+            f"{row['accept_length']:.2f}" if "accept_length" in row else "",
+            f"{row['speed_over_tau']:.2f}" if "speed_over_tau" in row else "",
+        ]
+        table.add_row(
+            str(row["batch_size"]),
+            row["arm"],
+            f"{row['tokens_per_s']:.0f}",
+            escape(str(row.get("speed_vs_plain", ""))),
+            *optional,
+            f"{row['makespan_s']:.2f} s",
+            f"{row['response_len_mean']:.1f}",
+            str(row["response_len_max"]),
+        )
+    out.print(table)
+    out.print(
+        f"policy: {policy.note}; {args.seeds} seeds, real EOS, at most {args.max_new_tokens} new tokens", markup=False
+    )
+    for row in rows:
+        if row["arm"] == "none" and "target_entropy" in row:
+            running = " ".join(f"{n:.0f}" for n in row["running_batch"])
+            out.print(
+                f"batch {row['batch_size']}: target entropy {row['target_entropy']:.2f} nats, "
+                f"E[max p] {row['target_max_prob']:.2f}; running over time: {running}",
+                markup=False,
+            )
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = arguments("benchmarks.rollout", __doc__.splitlines()[0])
+    add_policy_options(parser)
+    parser.add_argument("--draft", type=Path, help="folder of an EAGLE-3 draft")
+    parser.add_argument("--save-draft", type=Path, help="keep the draft trained here in this folder")
+    parser.add_argument("--train-draft-steps", type=int, default=200, help="without --draft: train one so long")
+    parser.add_argument("--train-draft-samples", type=int, default=256, help="rollouts that it is trained on")
+    parser.add_argument("--train-draft-lr", type=float, default=2e-3)
+    parser.add_argument("--spec", type=words, default=ARMS, help=f"arms: any of {','.join(ARMS)}")
+    parser.add_argument("--batch-sizes", type=integers, default=(1, 8, 32))
+    parser.add_argument("--seeds", type=int, default=5, help="paired repetitions")
+    parser.add_argument("--first-seed", type=int, default=1)
+    parser.add_argument("--waves", type=int, default=2, help="requests per KV slot")
+    parser.add_argument("--min-requests", type=int, default=4)
+    parser.add_argument("--k", type=int, default=3, help="draft tokens of a verify step")
+    parser.add_argument("--rule", default="rejection", choices=("rejection", "target_only", "coupled"))
+    parser.add_argument("--controller", default="fixed", choices=("fixed", "adaptive"))
+    parser.add_argument("--temperature", type=float, default=1.0)
+    parser.add_argument("--top-p", type=float, default=1.0)
+    parser.add_argument("--top-k", type=int, default=0)
+    parser.add_argument("--max-new-tokens", type=int, default=128)
+    args = parser.parse_args(argv)
+    unknown = [name for name in args.spec if name not in ARMS]
+    if unknown:
+        parser.error(f"--spec: unknown arm {unknown[0]!r}; arms: {', '.join(ARMS)}")
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse(argv)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    policy = load_policy(args.policy, args.prompts, data_config(args), args.dtype, args.device)
+    draft = None
+    if "eagle3" in args.spec:
+        draft = load_draft(args.draft, policy.hf_config) if args.draft else trained_draft(args, policy)
+        draft = draft.to(policy.decoder.dtype).to(policy.decoder.device)
+        if args.save_draft:
+            save_draft(draft, args.save_draft)
+    rows = [row for batch_size in args.batch_sizes for row in measure(args, policy, draft, batch_size)]
+    show(console(), rows, args, policy)
+    shared = {
+        "policy": str(args.policy),
+        "policy_note": policy.note,
+        "rule": "greedy" if args.temperature == 0 else args.rule,
+        "k": args.k,
+        "controller": args.controller,
+        "temperature": args.temperature,
+        "max_new_tokens": args.max_new_tokens,
+        "seeds": args.seeds,
+    }
+    append_results(args.results, [shared | row for row in rows], provenance("benchmarks.rollout"))
+
+
+if __name__ == "__main__":
+    run(main)
