@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from draft_models.eagle3 import DraftError, Eagle3, Eagle3Config
+from draft_models.eagle3 import DraftError, Eagle3, Eagle3Config, default_aux_layer_ids
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
@@ -49,7 +49,7 @@ def load_draft(directory: Path, target_config: Mapping[str, Any] | None = None) 
     Every tensor's name, shape and type is checked, and with `target_config` (the target's config.json) also that draft
     and target fit. Raises DraftError: which file, which tensor or size, what was expected and what was found.
     """
-    config = _read_config(directory / CONFIG_NAME)
+    config = _read_config(directory / CONFIG_NAME, target_config)
     if target_config is not None:
         check_fit(config, target_config, directory)
     tensors = _read_tensors(directory / WEIGHTS_NAME, config)
@@ -73,6 +73,12 @@ def check_fit(config: Eagle3Config, target_config: Mapping[str, Any], directory:
                 f"{directory / CONFIG_NAME}: {key} is {found}, the target has {target_config[key]}; "
                 "this draft was made for another target"
             )
+    context, target_context = config.max_position_embeddings, int(target_config["max_position_embeddings"])
+    if context < target_context:
+        raise DraftError(
+            f"{directory / CONFIG_NAME}: max_position_embeddings is {context}, the target has {target_context}; "
+            "SGLang refuses such a draft: raise the value there"
+        )
     if max(config.aux_layer_ids) > num_layers - 1 or min(config.aux_layer_ids) < 0:
         raise DraftError(
             f"{directory / CONFIG_NAME}: eagle_aux_hidden_state_layer_ids are {list(config.aux_layer_ids)}, "
@@ -113,7 +119,7 @@ def _sync_to_disk(path: Path) -> None:
         os.close(handle)
 
 
-def _read_config(path: Path) -> Eagle3Config:
+def _read_config(path: Path, target_config: Mapping[str, Any] | None) -> Eagle3Config:
     try:
         raw = json.loads(path.read_text())
     except FileNotFoundError:
@@ -126,6 +132,10 @@ def _read_config(path: Path) -> Eagle3Config:
     for key, plain in (("num_hidden_layers", 1), ("norm_output", False), ("fc_norm", False), ("attention_bias", False)):
         if (raw.get(key) or plain) != plain:
             raise DraftError(f"{path}: {key} is {raw[key]}, only {plain} is supported")
+    if target_config is not None and not raw.get("eagle_config"):
+        # Older drafts leave the layers to SGLang's default, which depends on the target.
+        ids = default_aux_layer_ids(int(target_config["num_hidden_layers"]))
+        raw["eagle_config"] = {"eagle_aux_hidden_state_layer_ids": ids}
     try:
         config = Eagle3Config.from_hf(raw)
     except KeyError as error:

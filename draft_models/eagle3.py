@@ -73,7 +73,7 @@ class Eagle3Config:
             vocab_size=vocab_size,
             draft_vocab_size=int(config.get("draft_vocab_size") or vocab_size),
             intermediate_size=int(config["intermediate_size"]),
-            aux_layer_ids=tuple(config["eagle_config"]["eagle_aux_hidden_state_layer_ids"]),
+            aux_layer_ids=tuple((config["eagle_config"] or {})["eagle_aux_hidden_state_layer_ids"]),
             **_shared_fields(config),
         )
 

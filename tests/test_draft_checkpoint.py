@@ -64,6 +64,14 @@ def test_old_spelling_of_rope_is_read(tmp_path: Path) -> None:
     assert load_draft(tmp_path / "draft").config.rope["rope_theta"] == 5e5
 
 
+def test_a_draft_without_layer_ids_gets_the_default_of_sglang(tmp_path: Path) -> None:
+    save_draft(small_draft(), tmp_path / "draft")
+    edit_config(tmp_path / "draft", eagle_config=None)
+    assert load_draft(tmp_path / "draft", TARGET_CONFIG).config.aux_layer_ids == (1, 3, 4)
+    with pytest.raises(DraftError, match="eagle_aux_hidden_state_layer_ids' is missing"):
+        load_draft(tmp_path / "draft")
+
+
 def edit_config(directory: Path, **changes: Any) -> None:
     path = directory / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
@@ -94,8 +102,9 @@ FAULTS: dict[str, tuple[Callable[[Path], Any], str]] = {
         r"expected architectures \['LlamaForCausalLMEagle3'\], found \['Qwen3ForCausalLM'\]",
     ),
     "other output": (lambda d: edit_config(d, norm_output=True), "norm_output is True, only False"),
-    "no ids": (lambda d: edit_config(d, eagle_config={}), "eagle_aux_hidden_state_layer_ids' is missing"),
+    "no ids": (lambda d: edit_config(d, eagle_config={"x": 1}), "eagle_aux_hidden_state_layer_ids' is missing"),
     "other target": (lambda d: edit_config(d, vocab_size=41), "vocab_size is 41, the target has 40"),
+    "short context": (lambda d: edit_config(d, max_position_embeddings=63), "is 63, the target has 64"),
     "deep layers": (
         lambda d: edit_config(d, eagle_config={"eagle_aux_hidden_state_layer_ids": [1, 3, 9]}),
         "the target has layers 0 to 7",
