@@ -57,7 +57,9 @@ class EagleDrafter:
 
     def reserve(self, num_positions: int) -> None:
         self._cache.reserve(num_positions)
-        self._aux = F.pad(self._aux, (0, 0, 0, max(0, self._cache.capacity - self._aux.shape[1])))
+        missing = self._cache.capacity - self._aux.shape[1]
+        if missing > 0:
+            self._aux = F.pad(self._aux, (0, 0, 0, missing))
 
     def record(self, positions_BM: torch.Tensor, aux_BMA: torch.Tensor) -> None:
         """Keep the captured states of the tokens that the target has just seen."""
