@@ -36,8 +36,6 @@ class DraftSettings:
 
     rule: VerifyRule
     depth: int  # k of the engine, for the forecast
-    max_new_tokens: int
-    seed: int
 
 
 def plan_updates(samples: Sequence[Sample], config: DraftConfig, seed: int, step: int) -> list[frozenset[Key]]:
@@ -200,8 +198,7 @@ class DraftLearner:
         depth = self.settings.depth
         sums = torch.zeros(3 * depth + 1, dtype=torch.float64)
         if posteriors_QK is not None and batch is not None:
-            limit_B = torch.full_like(batch.num_chains_B, self.settings.max_new_tokens)
-            expected = forecast_acceptance(posteriors_QK, batch.num_chains_B, depth, limit_B)
+            expected = forecast_acceptance(posteriors_QK, batch.num_chains_B, depth)
             sums = torch.tensor(
                 [*expected.histogram, *expected.proposed_by_position, *expected.accepted_by_position],
                 dtype=torch.float64,

@@ -221,12 +221,7 @@ def build_run(config: RunConfig) -> Run:
 
 def _make_learner(config: RunConfig, draft: Eagle3, group: dist.ProcessGroup) -> DraftLearner:
     rollout = config.rollout
-    settings = DraftSettings(
-        rule=VerifyRule(rollout.verify_rule),
-        depth=rollout.speculative_num_steps,
-        max_new_tokens=rollout.max_response_len,
-        seed=config.seed,
-    )
+    settings = DraftSettings(VerifyRule(rollout.verify_rule), depth=rollout.speculative_num_steps)
     return DraftLearner(draft, config.draft, settings, group)
 
 

@@ -1,0 +1,190 @@
+"""Whole runs: what they leave behind, reproducibility, resume after kill -9, and what the draft may not touch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests import loop_helpers as helpers
+from tests.crash_helpers import KILLED, exit_code
+from trainer.config import ConfigError, RunConfig
+from trainer.draft_learner import plan_updates
+
+Config = Callable[..., RunConfig]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return helpers.make_tiny_model(tmp_path_factory.mktemp("model") / "tiny")
+
+
+@pytest.fixture
+def config(model: Path, tmp_path: Path) -> Iterator[Config]:
+    yield lambda name, **changes: helpers.tiny_config(model, tmp_path, name, **changes)
+
+
+@pytest.fixture(scope="module")
+def unbroken(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run that others are compared with."""
+    return helpers.run(helpers.tiny_config(model, tmp_path_factory.mktemp("unbroken"), "run"))
+
+
+def test_what_a_run_leaves_behind(unbroken: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from draft_models.checkpoint import load_draft
+    from rollout_engine.hf_checkpoint import read_config
+
+    policy = AutoModelForCausalLM.from_pretrained(unbroken / "policy")
+    assert {k: v.shape for k, v in policy.state_dict().items()}.keys() >= helpers.weights(unbroken, "policy").keys()
+    assert AutoTokenizer.from_pretrained(unbroken / "policy").chat_template
+    draft = load_draft(unbroken / "draft", read_config(unbroken / "policy"))
+    assert len(draft.config.aux_layer_ids) == 3
+    lines = helpers.metrics(unbroken)
+    assert [line["step"] for line in lines] == [0, 1, 2]
+    assert [line["policy_version"] for line in lines] == [0, 1, 2]  # each step is served by the weights before it
+    assert {"reward", "accept_length", "predicted_accept_length", "logp_diff_mean", "logp_diff_max"} <= lines[0].keys()
+    assert max(line["logp_diff_max"] for line in lines) < 1e-4
+    assert "<svg" in (unbroken / "report.html").read_text()
+    assert list((unbroken / "tensorboard").iterdir())
+
+
+def test_the_same_seed_gives_the_same_run(unbroken: Path, config: Config) -> None:
+    helpers.assert_same_run(unbroken, helpers.run(config("again")))
+
+
+def test_another_seed_gives_another_run(unbroken: Path, config: Config) -> None:
+    other = helpers.run(config("other", seed=1, num_rollout=1))
+    assert helpers.metrics(other)[0]["reward"] != helpers.metrics(unbroken)[0]["reward"]
+
+
+def test_policy_is_bitwise_the_same_with_draft_training_off(unbroken: Path, config: Config) -> None:
+    # The draft's weights change the rejection rule's tokens, so the rule here is one that leaves tokens alone.
+    exact = {"rollout__verify_rule": "coupled", "rollout__batch_invariant": True}
+    trained = helpers.run(config("trained", num_rollout=2, **exact))
+    frozen = helpers.run(config("frozen", num_rollout=2, draft__train=False, **exact))
+    plain = helpers.run(config("plain", num_rollout=2, rollout__speculative_algorithm="NONE", **exact))
+    helpers.assert_same_tensors(helpers.weights(trained, "policy"), helpers.weights(frozen, "policy"))
+    helpers.assert_same_tensors(helpers.weights(trained, "policy"), helpers.weights(plain, "policy"))
+    moved = [
+        k for k, v in helpers.weights(trained, "draft").items() if not v.equal(helpers.weights(frozen, "draft")[k])
+    ]
+    assert moved  # otherwise nothing was trained and the comparison says nothing
+
+
+def test_forecast_equals_what_the_engine_shows(config: Config) -> None:
+    """Given the text, the coupled rule leaves nothing to chance: the forecast is the observation."""
+    folder = helpers.run(config("coupled", rollout__verify_rule="coupled", data__rollout_batch_size=6))
+    for line in helpers.metrics(folder):
+        assert line["predicted_accept_length"] == pytest.approx(line["accept_length"], rel=0.02)
+        assert line["predicted_accept_rate_by_position"] == pytest.approx(line["accept_rate_by_position"], abs=0.03)
+
+
+def test_forecast_sees_a_draft_that_was_not_synced(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Negative control: an engine left with an old draft no longer shows what the learner expects."""
+    from sync.receiver import WeightReceiver
+
+    copy = WeightReceiver._copy
+
+    def keep_old_draft(self: WeightReceiver, spec, bundle) -> None:
+        if spec.model == "policy" or bundle.version == 0:
+            copy(self, spec, bundle)
+
+    monkeypatch.setattr(WeightReceiver, "_copy", keep_old_draft)
+    monkeypatch.setattr(WeightReceiver, "_verify_written", lambda *_: None)
+    folder = helpers.run(
+        config("stale", num_rollout=8, rollout__verify_rule="coupled", draft__lr=3e-2, data__rollout_batch_size=6)
+    )
+    last = helpers.metrics(folder)[-1]
+    assert abs(last["predicted_accept_length"] - last["accept_length"]) > 0.05
+
+
+def test_resume_equals_an_unbroken_run(unbroken: Path, config: Config) -> None:
+    first = config("run", num_rollout=2)
+    helpers.run(first)
+    with open(Path(first.run_dir) / "run" / "metrics.jsonl", "a") as file:
+        file.write('{"step": 2, "reward": 99.0}\n{"step": 3, "rew')  # of a life that was killed after the checkpoint
+    helpers.assert_same_run(unbroken, helpers.run(replace(first, num_rollout=3, resume=True)))
+
+
+@pytest.mark.parametrize("call", [25, 60])
+def test_killed_anywhere_and_resumed(unbroken: Path, config: Config, call: int) -> None:
+    settings = config("run")
+    assert exit_code(helpers.run_and_die, settings, call) == KILLED
+    resumable = Path(settings.run_dir, "run").exists() and any(Path(settings.run_dir, "run").iterdir())
+    helpers.assert_same_run(unbroken, helpers.run(replace(settings, resume=resumable)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("call", [*range(0, 120, 7)])
+def test_killed_at_many_places_and_resumed(unbroken: Path, config: Config, call: int) -> None:
+    settings = config("run")
+    if exit_code(helpers.run_and_die, settings, call) != KILLED:
+        return  # the run has fewer calls: it ended first
+    resumable = Path(settings.run_dir, "run").exists() and any(Path(settings.run_dir, "run").iterdir())
+    helpers.assert_same_run(unbroken, helpers.run(replace(settings, resume=resumable)))
+
+
+def test_several_policy_steps_a_rollout_and_several_draft_updates(config: Config) -> None:
+    folder = helpers.run(config("steps", num_rollout=2, algorithm__num_steps_per_rollout=2, draft__updates_per_step=3))
+    assert helpers.metrics(folder)[0]["draft_updates"] == 3
+
+
+def test_ngram_needs_no_draft(config: Config) -> None:
+    folder = helpers.run(config("ngram", num_rollout=2, rollout__speculative_algorithm="NGRAM"))
+    assert not (folder / "draft").exists()
+    assert helpers.metrics(folder)[0]["reward"] > 0
+
+
+def test_groups_without_signal_are_dropped(config: Config) -> None:
+    constant = config(
+        "constant", num_rollout=1, algorithm__dynamic_sampling=True, data__reward="tests.test_loop:constant_reward"
+    )
+    folder = helpers.run(constant)
+    assert helpers.metrics(folder)[0]["policy_skipped"] == 1
+    start = helpers.weights(Path(constant.policy.hf_checkpoint).parent, "tiny")
+    helpers.assert_same_tensors(helpers.weights(folder, "policy"), start)
+
+
+def constant_reward(prompt: str, response: str, label: str) -> float:
+    return 1.0
+
+
+def test_an_existing_run_folder_is_refused(unbroken: Path, config: Config) -> None:
+    with pytest.raises(ConfigError, match="--resume"):
+        helpers.run(replace(config("run"), run_dir=str(unbroken.parent)))
+
+
+def test_draft_parts_are_disjoint_and_within_budget() -> None:
+    from draft_models.config import DraftConfig
+    from tests.policy_helpers import rollout
+
+    samples = rollout(num_prompts=6, group=4)
+    length = {s.request.key: len(s.request.prompt_ids) + len(s.token_ids) for s in samples}
+    parts = plan_updates(samples, DraftConfig(updates_per_step=3, max_tokens_per_update=60), seed=1, step=2)
+    assert len(parts) == 3
+    assert sum(map(len, parts)) == len(frozenset.union(*parts))
+    assert all(sum(length[key] for key in part) <= 60 for part in parts)
+    assert parts != plan_updates(samples, DraftConfig(updates_per_step=3, max_tokens_per_update=60), seed=1, step=3)
+    everything = plan_updates(samples, DraftConfig(max_tokens_per_update=10_000), seed=1, step=2)
+    assert everything == [frozenset(length)]
+
+
+def test_a_draft_update_that_is_not_finite_changes_nothing() -> None:
+    from draft_models.config import DraftConfig
+    from draft_models.types import VerifyRule
+    from tests.draft_helpers import random_sample, small_draft
+    from trainer.draft_learner import DraftLearner, DraftSettings, DraftUpdateError
+
+    draft = small_draft()
+    samples = [random_sample(16, 5, seed) for seed in range(4)]
+    samples[0].aux_hidden[0, 0] = float("nan")
+    learner = DraftLearner(draft, DraftConfig(), DraftSettings(VerifyRule.REJECTION, 3))
+    before = {k: v.clone() for k, v in draft.state_dict().items()}
+    with pytest.raises(DraftUpdateError, match="refused"):
+        learner.update(samples, [frozenset((s.prompt_id, s.sample_id) for s in samples)])
+    assert all(torch.equal(before[k], v) for k, v in draft.state_dict().items())
