@@ -37,7 +37,13 @@ from rollout_engine.types import Sample, SamplingParams
 
 
 def roll_out(args: argparse.Namespace, policy: BenchPolicy) -> list[Sample]:
-    engine = make_engine(policy, RolloutConfig(max_running_requests=32, speculative_algorithm="NONE", dtype=args.dtype))
+    """Plain decoding's responses, in order."""
+    # Text sampled with the coupled rule's noise follows the policy's law like any other, and serves every rule: whether
+    # that rule accepts depends on the very noise that chose the token.
+    config = RolloutConfig(
+        max_running_requests=32, speculative_algorithm="NONE", verify_rule="coupled", dtype=args.dtype
+    )
+    engine = make_engine(policy, config)
     sampling = SamplingParams(temperature=args.temperature, max_new_tokens=args.max_new_tokens)
     samples = list(engine.generate(requests(policy, args.samples, args.seed, sampling)))
     engine.close()
