@@ -76,6 +76,11 @@ class EagleDrafter:
         self._aux[target, filled:num_positions] = self._aux[source, filled:num_positions]
         self._filled[target] = filled
 
+    def release(self) -> None:
+        """Give the memory back."""
+        self._cache.release()
+        self._aux = self._aux[:, :0].clone()
+
     def lag(self, rows: Sequence[Row]) -> int:
         """The most draft rows that one of `rows` has still to compute before it can propose."""
         return max(len(row.tokens) - 1 - filled for row, filled in zip(rows, self._filled, strict=False))

@@ -139,10 +139,23 @@ class TorchEngine:
             keys = [row.request.key for row in self._rows] + [request.key for request in self._pending]
         self._aborted.update(keys)
 
+    def without_speculation(self) -> TorchEngine:
+        """An engine over the same weights and receiver, with KV memory of its own, that decodes plainly."""
+        plain = TorchEngine(
+            self._decoder,
+            replace(self._config, speculative_algorithm="NONE"),
+            eos_token_ids=tuple(self._eos),
+            detokenize=self._detokenize,
+        )
+        plain._receiver, plain._version = self._receiver, self._receiver.version
+        return plain
+
     def close(self) -> None:
-        """Give the KV memory back. The engine cannot be used afterwards."""
+        """Give the KV memory back; what is running is dropped."""
         self._rows.clear()
         self._cache.release()
+        if self._eagle is not None:
+            self._eagle.release()
 
     # ------------------------------------------------------------ the loop
 

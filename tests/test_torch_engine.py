@@ -230,6 +230,19 @@ def test_draft_state_follows_a_sync(tmp_path: Path) -> None:
     assert total_spec(new) != total_spec(old)
 
 
+def test_the_plain_twin_serves_the_same_weights(tmp_path: Path) -> None:
+    decoder, draft = load_pair(tmp_path)
+    requests = make_requests()
+    engine = make_engine(decoder, draft, verify_rule="coupled")
+    send(engine.receiver, 3, 1.2, "policy.model.layers.1.")
+    plain = run_engine(engine.without_speculation(), requests)
+    assert tokens_of(plain) == tokens_of(run_engine(engine, requests))
+    assert all(sample.policy_versions[0].version == 3 for sample in plain.values())
+    assert total_spec(plain).num_verify_steps == 0
+    engine.close()
+    assert tokens_of(run_engine(engine, requests)) == tokens_of(plain)  # memory comes back when it is needed
+
+
 def test_a_mixture_of_versions_is_not_served(tmp_path: Path) -> None:
     decoder, draft = load_pair(tmp_path)
     engine = make_engine(decoder, draft)
