@@ -27,6 +27,7 @@ def full_line(step: int) -> dict[str, Any]:
         "accept_length": 1.2 + 0.2 * step,
         "accept_rate_by_position": [0.1 * step + 0.15, 0.1 * step + 0.05],
         "predicted_accept_length": 1.23 + 0.2 * step,
+        "expected_accept_length": 1.22 + 0.2 * step,
         "predicted_accept_rate_by_position": [0.1 * step + 0.16, 0.1 * step + 0.07],
         "frozen_accept_length": 1.17,
         "tokens_per_forward": 1.1 + 0.2 * step,

@@ -88,6 +88,14 @@ def test_a_line_leaves_out_none_and_refuses_what_is_not_finite():
         m.step_line(3, {"reward": 1.0}, {"reward": 2.0})
 
 
+def test_expected_accept_length_takes_the_depths_that_were_drafted():
+    spec = SpecStats(10, 10, (2, 4, 4), (10, 5), (8, 4))  # two drafts in half of the steps, one in the others
+    forecast = {"predicted_accept_length": 2.4, "predicted_accept_rate_by_position": [0.8, 0.6]}
+    line = m.step_line(0, m.speculation_metrics(spec), forecast)
+    assert line["expected_accept_length"] == pytest.approx(1 + 0.8 + 0.6 * 0.5)
+    assert "expected_accept_length" not in m.step_line(0, forecast)
+
+
 def test_clock_gives_the_inner_phase_its_own_time():
     clock = m.PhaseClock()
     start = time.perf_counter()

@@ -69,6 +69,7 @@ def speculation_metrics(spec: SpecStats) -> dict[str, Any]:
     verified = {
         "accept_length": spec.accept_length,
         "accept_rate_by_position": rates,
+        "proposed_by_position": list(spec.proposed_by_position),
         "accepted_histogram": list(spec.accepted_histogram),
         "verify_steps": spec.num_verify_steps,
     }
@@ -140,7 +141,7 @@ def plain_probe_metrics(
 
 
 def step_line(step: int, *parts: Mapping[str, Any]) -> dict[str, Any]:
-    """One metrics line from its parts; keys with the value None are left out.
+    """One metrics line from its parts, and what follows from two of them; keys with the value None are left out.
 
     Raises MetricsError for a key that two parts give, and for a value that is not finite (naming step and key).
     """
@@ -155,7 +156,20 @@ def step_line(step: int, *parts: Mapping[str, Any]) -> dict[str, Any]:
                 )
             _check_finite(step, key, value)
             line[key] = value
-    return line
+    return line | expected_accept_length(line)
+
+
+def expected_accept_length(line: Mapping[str, Any]) -> dict[str, float]:
+    """What `accept_length` should have been: the learner's acceptance by position at the depths that were drafted.
+
+    `predicted_accept_length` takes the full depth at every step, which an adaptive controller does not draft.
+    """
+    proposed = line.get("proposed_by_position", [])
+    rates = line.get("predicted_accept_rate_by_position", [])
+    if not proposed or len(rates) < len(proposed):
+        return {}
+    accepted = sum(rate * count for rate, count in zip(rates, proposed, strict=False))
+    return {"expected_accept_length": 1.0 + accepted / line["verify_steps"]}
 
 
 def _check_finite(step: int, key: str, value: Any) -> None:

@@ -20,7 +20,7 @@ COLUMNS = (  # metrics key, heading, format
     ("step", "step", "d"),
     ("reward", "reward", ".3f"),
     ("accept_length", "accept len", ".2f"),
-    ("predicted_accept_length", "predicted", ".2f"),
+    ("expected_accept_length", "expected", ".2f"),
     ("tokens_per_s", "tok/s", ".0f"),
     ("speedup_vs_plain", "vs plain", ".2f"),
     ("response_len_mean", "resp len", ".0f"),

@@ -20,7 +20,8 @@ STEP_COLUMNS = (  # metrics key, heading, format
     ("reward", "reward", ".3f"),
     ("eval_reward", "eval", ".3f"),
     ("accept_length", "accept length", ".2f"),
-    ("predicted_accept_length", "predicted", ".2f"),
+    ("expected_accept_length", "expected", ".2f"),
+    ("predicted_accept_length", "predicted at full depth", ".2f"),
     ("frozen_accept_length", "frozen draft", ".2f"),
     ("tokens_per_forward", "tokens/forward", ".2f"),
     ("tokens_per_s", "tokens/s", ".0f"),
@@ -152,7 +153,7 @@ def phase_row(line: Mapping[str, Any], phases: list[str]) -> list[str]:
 ALARMS = {
     "reward": "a curve that stays flat while most groups carry a signal, or falls and does not come back; an "
     "evaluation that falls while the training reward rises.",
-    "accept_length": "observed clearly below predicted (the engine does not run the draft that the learner thinks it "
+    "accept_length": "observed clearly below expected (the engine does not run the draft that the learner thinks it "
     "runs: look at sync, layout and dtype), or a trained draft that does no better than the frozen one.",
     "position": "a solid curve that leaves its dotted forecast; the first position falling step after step while the "
     "policy learns.",

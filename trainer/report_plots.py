@@ -112,7 +112,7 @@ def reward(lines: Lines) -> Figure | None:
 def accept_length(lines: Lines) -> Figure | None:
     figure, axes = new_axes("tokens per verify step")
     drawn = line(axes, series(lines, "accept_length"), "observed", SERIES[0], linewidth=2.4)
-    line(axes, series(lines, "predicted_accept_length"), "predicted by the learner", SERIES[1], linestyle=(0, (4, 2)))
+    line(axes, series(lines, "expected_accept_length"), "expected by the learner", SERIES[1], linestyle=(0, (4, 2)))
     line(axes, series(lines, "frozen_accept_length"), "a draft frozen early", MUTED)
     if not drawn:
         return None

@@ -8,6 +8,7 @@ from typing import Any
 from trainer.progress import phase_seconds
 
 Lines = Sequence[Mapping[str, Any]]
+MEASUREMENTS = ("eval", "probe")  # phases that a run without measurements would not have
 
 RULES = {
     "greedy": "greedy: a draft token is kept when it is the policy's own argmax. Exact at temperature 0.",
@@ -77,14 +78,14 @@ def accept_length(lines: Lines) -> str:
 
 def forecast(lines: Lines) -> str:
     """How far the learner's expectation was from what the engine showed, at worst."""
-    both = [line for line in lines if "accept_length" in line and "predicted_accept_length" in line]
+    both = [line for line in lines if "accept_length" in line and "expected_accept_length" in line]
     if not both:
         return "The learner's expectation was not recorded in this run."
-    worst = max(both, key=lambda line: abs(line["accept_length"] - line["predicted_accept_length"]))
-    gap = abs(worst["accept_length"] - worst["predicted_accept_length"])
+    worst = max(both, key=lambda line: abs(line["accept_length"] - line["expected_accept_length"]))
+    gap = abs(worst["accept_length"] - worst["expected_accept_length"])
     return (
-        f"The largest gap between predicted and observed accept length was {gap:.2f}, at step {worst['step']} "
-        f"({worst['predicted_accept_length']:.2f} predicted, {worst['accept_length']:.2f} observed)."
+        f"The largest gap between expected and observed accept length was {gap:.2f}, at step {worst['step']} "
+        f"({worst['expected_accept_length']:.2f} expected, {worst['accept_length']:.2f} observed)."
     )
 
 
@@ -136,7 +137,9 @@ def anatomy(lines: Lines) -> str:
         return "The time of the phases was not recorded in this run."
     whole = sum(totals.values())
     shares = ", ".join(f"{n} {s / whole:.1%}" for n, s in sorted(totals.items(), key=lambda item: -item[1]))
-    return f"{whole:.1f} s in all: {shares}."
+    measuring = sum(totals.get(name, 0.0) for name in MEASUREMENTS)
+    note = f" Of these {measuring:.1f} s were measurement, not training (eval, probe)." if measuring else ""
+    return f"{whole:.1f} s in all: {shares}.{note}"
 
 
 def lengths(lines: Lines) -> str:
