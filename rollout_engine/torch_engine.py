@@ -97,11 +97,11 @@ class TorchEngine:
         """
         pending = deque(requests)
         check_requests(pending, self._context_length, has_detokenizer=self._detokenize is not None)
-        if self._is_generating:
-            raise EngineError("generate() was called while another generate() of this engine is still being read")
+        self._require_free()
         self._require_clean()
         if self._max_depth > 0 and self._config.controller == "adaptive" and self._controller.table is None:
             self._controller.table = self.measure_costs()
+        self._pending = pending
         return self._generate(pending)
 
     @property
@@ -126,12 +126,6 @@ class TorchEngine:
         if self._ngram is not None:
             self._ngram.reset()
         return table
-
-    def without_speculation(self) -> TorchEngine:
-        """A plain engine on the same weights, with caches of its own: the baseline to compare this one with."""
-        config = replace(self._config, speculative_algorithm="NONE")
-        eos, version = tuple(self._eos), self._receiver.version
-        return TorchEngine(self._decoder, config, eos_token_ids=eos, detokenize=self._detokenize, version=version)
 
     def abort(self, keys: Iterable[tuple[int, int]] | None = None) -> None:
         """Finish requests early, all of them by default: each still yields what it has so far."""
@@ -160,6 +154,7 @@ class TorchEngine:
     # ------------------------------------------------------------ the loop
 
     def _generate(self, pending: deque[RolloutRequest]) -> Iterator[Sample]:
+        self._require_free()
         self._is_generating, self._pending = True, pending
         self._prefixes.expect(request.prompt_ids for request in pending)
         try:
@@ -346,6 +341,10 @@ class TorchEngine:
             samples.append(Sample(request, (), (), (), FinishReason.ABORT))
         self._aborted.clear()
         return samples
+
+    def _require_free(self) -> None:
+        if self._is_generating:
+            raise EngineError("generate() was called while another generate() of this engine is still being read")
 
     def _require_clean(self) -> None:
         if self._receiver.dirty:
