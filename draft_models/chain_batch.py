@@ -75,20 +75,25 @@ def make_batch(samples: Sequence[DraftSample]) -> DraftBatch | None:
     chain_sample_Q, chain_rank_Q = _ranks(num_chains_B)
     first_chain_key_B = num_keys_B.cumsum(0) - num_chains_B
     return DraftBatch(
-        key_embeds_SH=torch.cat([s.embeds[1:-1] for s in samples]),
-        key_aux_SA=torch.cat([s.aux_hidden[:-2] for s in samples]),
+        key_embeds_SH=_at_least_float32(torch.cat([s.embeds[1:-1] for s in samples])),
+        key_aux_SA=_at_least_float32(torch.cat([s.aux_hidden[:-2] for s in samples])),
         key_sample_S=key_sample_S,
         key_position_S=key_position_S,
         chain_key_Q=first_chain_key_B[chain_sample_Q] + chain_rank_Q,
         chain_rank_Q=chain_rank_Q,
         steps_left_Q=num_chains_B[chain_sample_Q] - chain_rank_Q,
         next_token_Q=torch.cat([s.token_ids[s.prompt_len + 1 :] for s in samples]),
-        target_logits_QV=torch.cat([s.target_logits[s.prompt_len : -1] for s in samples]),
+        target_logits_QV=_at_least_float32(torch.cat([s.target_logits[s.prompt_len : -1] for s in samples])),
         temperature_B=torch.tensor([s.temperature for s in samples], dtype=torch.float64, device=device),
         seed_B=integers([s.seed for s in samples]),
         num_chains_B=num_chains_B,
         spans=_spans(num_keys, num_chains),
     )
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    """A draft is trained in float32 whatever its policy computes in; float64 stays, for tests."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
 def _spans(num_keys: Sequence[int], num_chains: Sequence[int]) -> tuple[SampleSpan, ...]:
