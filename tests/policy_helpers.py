@@ -115,6 +115,6 @@ def plain_gradients(model: Any, samples: list[Sample], token_loss: Callable[...,
 def assert_same_gradients(actual: dict, expected: dict, tolerance: float = 1e-5) -> None:
     """||dg|| / ||g|| of every tensor, by name."""
     assert actual.keys() == expected.keys()
-    errors = {name: float((actual[name] - g).norm() / g.norm()) for name, g in expected.items()}
+    errors = {name: float((actual[name].cpu() - g.cpu()).norm() / g.norm()) for name, g in expected.items()}
     worst = max(errors, key=lambda name: errors[name])
     assert errors[worst] <= tolerance, (worst, errors[worst])

@@ -111,6 +111,22 @@ def check_resume(folder: Path, scratch: Path, layout: dict) -> None:
     assert weights.keys() == expected.keys() and all(torch.equal(weights[name], expected[name]) for name in expected)
 
 
+def check_distributed_optimizer(folder: Path) -> None:
+    """Optimizer state cut over the data-parallel ranks takes the step of the whole one."""
+    from trainer.megatron_policy import MegatronPolicy
+
+    results = []
+    for use_distributed_optimizer in (False, True):
+        config = replace(CONFIG, use_distributed_optimizer=use_distributed_optimizer, clip_grad=1.0)
+        policy = MegatronPolicy(config, ALGORITHM, folder, train_iters=10)
+        metrics = [policy.update(rollout(seed=seed)).metrics for seed in range(2)]
+        results.append((metrics, {name: tensor.clone() for name, tensor in policy.export_weights().items()}))
+    (whole_metrics, whole), (cut_metrics, cut) = results
+    assert all(a == pytest.approx(b, rel=1e-5) for a, b in zip(cut_metrics, whole_metrics, strict=True))
+    for name, tensor in whole.items():
+        torch.testing.assert_close(cut[name], tensor, atol=1e-5, rtol=1e-5)
+
+
 def check_refusal_on_all_ranks(folder: Path) -> None:
     """One bad sample is on one data-parallel rank; both refuse, naming it, and both go on."""
     from trainer.megatron_policy import MegatronPolicy, PolicyUpdateError
@@ -138,6 +154,7 @@ def two_ranks(untied: Path, tied: Path, scratch: Path) -> None:
         check_round_trip(untied, layout)
         check_round_trip(tied, layout)
     check_comparison_sees_a_missing_all_reduce(untied)
+    check_distributed_optimizer(untied)
     check_resume(untied, scratch, {"use_distributed_optimizer": True})
     check_refusal_on_all_ranks(untied)
     check_fewer_samples_than_ranks(untied)

@@ -17,6 +17,40 @@ class RMSNorm(nn.RMSNorm):
         self.weight.sequence_parallel = config.sequence_parallel  # read by finalize_model_grads
 
 
+class _TakeRows(torch.autograd.Function):
+    """`index_select` of distinct rows. Autograd's own backward cannot know that and adds element by element."""
+
+    @staticmethod
+    def forward(ctx: Any, source: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(rows)
+        ctx.num_rows = source.shape[0]
+        return source.index_select(0, rows)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
+        (rows,) = ctx.saved_tensors
+        grad_source = grads[0].new_zeros(ctx.num_rows, *grads[0].shape[1:])
+        return grad_source.index_copy_(0, rows, grads[0]), None
+
+
+def take_rows(source: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """source[rows] for DISTINCT rows [R] -> [R, ...], with a quick and deterministic gradient."""
+    return _TakeRows.apply(source, rows)
+
+
+class _Pad(torch.autograd.Function):
+    """Packed rows [T, ...] to padded positions [n * L, ...]; no gradient comes from the padding."""
+
+    @staticmethod
+    def forward(ctx: Any, packed: torch.Tensor, to_padded: torch.Tensor, to_packed: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(to_packed)
+        return packed.index_select(0, to_padded)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        return grads[0].index_select(0, ctx.saved_tensors[0]), None, None
+
+
 @lru_cache(maxsize=64)
 def _pad_indices(lengths: tuple[int, ...], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Packed row of each padded position [n * L], and padded position of each packed row [T].
@@ -56,9 +90,10 @@ class PackedCausalAttention(nn.Module):
         lengths = tuple(packed_seq_params.cu_seqlens_q.diff().tolist())
         to_padded, to_packed = _pad_indices(lengths, query.device)
         q, k, v = (
-            x.index_select(0, to_padded).unflatten(0, (len(lengths), -1)).transpose(1, 2) for x in (query, key, value)
+            _Pad.apply(x, to_padded, to_packed).unflatten(0, (len(lengths), -1)).transpose(1, 2)
+            for x in (query, key, value)
         )
         out = nn.functional.scaled_dot_product_attention(
             q, k, v, is_causal=True, scale=self.scale, enable_gqa=q.shape[1] != k.shape[1]
         )
-        return out.transpose(1, 2).flatten(2).flatten(0, 1).index_select(0, to_packed)
+        return take_rows(out.transpose(1, 2).flatten(2).flatten(0, 1), to_packed)

@@ -25,7 +25,7 @@ from trainer import distributed, losses, megatron_names, megatron_settings, opti
 from trainer.config import AlgorithmConfig, ConfigError, PolicyConfig
 from trainer.hf_files import read_config, write_checkpoint
 from trainer.megatron_cpu import cuda_as_cpu
-from trainer.megatron_layers import PackedCausalAttention, RMSNorm
+from trainer.megatron_layers import PackedCausalAttention, RMSNorm, take_rows
 from trainer.policy_batch import (
     MicroBatch,
     Report,
@@ -325,7 +325,7 @@ class MegatronPolicy:
     ) -> tuple[torch.Tensor, Report]:
         if not len(batch.targets_R):
             return logits_TV.sum() * 0.0, empty_report(self.layout.device)  # keeps the backward's collectives in step
-        logits_RV = logits_TV.index_select(0, batch.rows_R)
+        logits_RV = take_rows(logits_TV, batch.rows_R)
         logp_R, entropy_R = log_probs_and_entropy(
             logits_RV, batch.targets_R, batch.temperature_R, self.layout.vocab_group
         )
@@ -355,11 +355,11 @@ class MegatronPolicy:
 
     def _take_step(self, samples: Sequence[Sample], reports: Sequence[Report], where: str) -> float:
         """Clips and steps; the gradient norm before clipping. Raises PolicyUpdateError where it is not finite."""
-        bad = next((r for r in reports if not r.sums.isfinite().all()), None)
+        bad = next((r for r in reports if not r.loss.isfinite()), None)
         message = None
         if bad is not None:
             keys = ", ".join("{}/{}".format(*samples[i].request.key) for i in bad.sample_indices)
-            message = f"{where} refused: loss is {float(bad.sums[0])} in the micro-batch of prompt/sample {keys}"
+            message = f"{where} refused: loss is {float(bad.loss)} in the micro-batch of prompt/sample {keys}"
         if message := distributed.first_message(message):
             raise PolicyUpdateError(message)
         self._optimizer.prepare_grads()

@@ -111,6 +111,10 @@ class Report:
     maxima: torch.Tensor  # float64, MAX_NAMES
     log_probs: dict[int, torch.Tensor]  # sample -> [its response tokens]
 
+    @property
+    def loss(self) -> torch.Tensor:
+        return self.sums[SUM_NAMES.index("loss")]
+
 
 def policy_loss(
     batch: MicroBatch,
