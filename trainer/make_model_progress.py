@@ -7,11 +7,12 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from trainer.make_model import MakeModelConfig, WarmStartProgress, make_model
+from trainer.make_model import MakeModelConfig, WarmStartProgress, check, make_model
 
 
 def make_model_with_progress(config: MakeModelConfig) -> Path:
     """`make_model`, showing loss and progress of the warm start; prints where the model lies."""
+    check(config)  # before anything is drawn
     columns = (
         TextColumn("warm start on [bold]{task.description}[/]"),
         BarColumn(),

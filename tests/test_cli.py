@@ -1,0 +1,130 @@
+"""The command as a user meets it: bad input gives exit status 2, one line and nothing written."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from trainer import demo
+from trainer.cli import main
+from trainer.config import ConfigError
+from trainer.config_load import load_config
+from trainer.doctor import examine
+from trainer.make_model import PRESETS, MakeModelConfig, Shape, make_model
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def run(*arguments, cwd):
+    command = [sys.executable, "-m", "trainer.cli", *arguments]
+    return subprocess.run(
+        command, cwd=cwd, env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"}, capture_output=True, text=True
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["trian"], "did you mean 'train'"),
+        (["train", "--rollout.temprature", "1"], "did you mean '--rollout.temperature'"),
+        (["train", "absent.toml"], "absent.toml: No such file"),
+        (["train", "--hf-checkpoint", "absent", "--prompt-data", "p", "--speculative-num-steps=0"], "with EAGLE3"),
+        (["train", "--hf-checkpoint", "absent", "--prompt-data", "p", "--dry-run"], "absent/config.json"),
+        (["generate", "--policy", "absent", "--prompt", "x"], "absent"),
+        (["make-model", "--out", "m", "--size", "5m"], "did you mean '3m'"),
+        (["make-model"], "--out"),
+        (["bench", "rolout"], "did you mean 'rollout'"),
+        (["report", "absent"], "absent"),
+        (["doctor", "--fix"], "unknown argument --fix"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(tmp_path, arguments, message):
+    done = run(*arguments, cwd=tmp_path)
+    assert done.returncode == 2, done
+    assert done.stderr.count("\n") == 1 and done.stderr.startswith("slipstream: error: ")
+    assert message in done.stderr and done.stdout == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_help_is_everywhere_and_starts_without_torch(capsys):
+    for command in ("train", "demo", "generate", "report", "doctor", "make-model"):
+        with pytest.raises(SystemExit) as left:
+            main([command, "--help"])
+        assert left.value.code == 0 and "usage: slipstream" in capsys.readouterr().out
+    assert main([]) == main(["bench"]) == 0
+    quick = "import sys, trainer.cli; sys.exit(trainer.cli.main([]) or 'torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", quick], cwd=ROOT, capture_output=True).returncode == 0
+
+
+def test_a_fault_of_the_program_keeps_its_traceback(monkeypatch):
+    monkeypatch.setattr("trainer.cli._dispatch", lambda argv: int("x"))
+    with pytest.raises(ValueError, match="invalid literal"):
+        main([])
+
+
+def test_a_full_disk_is_one_line(monkeypatch, capsys):
+    def full(argv):
+        raise OSError(28, "No space left on device", "runs/demo/policy")
+
+    monkeypatch.setattr("trainer.cli._dispatch", full)
+    assert main([]) == 2
+    assert capsys.readouterr().err == "slipstream: error: runs/demo/policy: No space left on device\n"
+
+
+@pytest.fixture
+def tiny_model(tmp_path, monkeypatch):
+    monkeypatch.setitem(PRESETS, "3m", Shape(32, 7, 2, 1, 16, 48))
+    return make_model(MakeModelConfig(out=tmp_path / "model", num_train_prompts=6, num_eval_prompts=2))
+
+
+def test_dry_run_checks_prints_and_writes_nothing(tiny_model, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    arguments = ["train", "--dry-run", "--hf-checkpoint=model", "--prompt-data=model/train.jsonl", "--num-rollout=3"]
+    assert main(arguments) == 0
+    out = capsys.readouterr().out
+    assert "num_rollout = 3" in out and "6 rows of model/train.jsonl" in out and "nothing written" in out
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    (tmp_path / "model" / "train.jsonl").write_text('{"prompt": "a", "label": "b"}\nnope\n')
+    assert main(arguments) == 2
+    assert "train.jsonl line 2: not JSON" in capsys.readouterr().err
+
+
+def test_generate_prints_a_text_for_every_sample(tiny_model, capsys):
+    arguments = ["generate", f"--policy={tiny_model}", "--rollout-max-response-len=5", "--n-samples-per-prompt=2"]
+    assert main([*arguments, f"--prompt-data={tiny_model / 'eval.jsonl'}"]) == 0
+    first = capsys.readouterr()
+    assert "4 samples" in first.err and "tokens/s" in first.err
+    assert main([*arguments, "--prompt=sort b a", "--speculative-algorithm=NGRAM", "--rollout.controller=fixed"]) == 0
+    assert "NGRAM:" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("recipe", sorted(ROOT.glob("recipes/*.toml")), ids=lambda path: path.name)
+def test_every_recipe_loads(recipe):
+    assert load_config(recipe).name == recipe.stem
+
+
+def test_the_demo_makes_its_model_once_and_takes_a_free_name(tmp_path, monkeypatch):
+    from trainer.config_load import Override
+
+    monkeypatch.setitem(PRESETS, "3m", Shape(32, 7, 2, 1, 16, 48))
+    monkeypatch.setattr(demo, "WARM_START_STEPS", 1)
+    model = tmp_path / "model"
+    overrides = [
+        Override("", "policy.hf_checkpoint", str(model)),
+        Override("", "run_dir", str(tmp_path / "runs")),
+    ]
+    assert demo.demo_config(overrides).name == "demo"
+    made = (model / "model.safetensors").stat().st_mtime_ns
+    (tmp_path / "runs" / "demo").mkdir(parents=True)
+    assert demo.demo_config(overrides).name == "demo-2"
+    assert (model / "model.safetensors").stat().st_mtime_ns == made
+    monkeypatch.setattr(demo, "WARM_START_STEPS", 2)
+    with pytest.raises(ConfigError, match="holds another model"):
+        demo.demo_config(overrides)
+
+
+def test_the_doctor_finds_torch_and_says_how_to_mend_the_rest():
+    findings = {finding.part: finding for finding in examine()}
+    assert findings["torch"].found and findings["megatron-core"].found
+    assert all(finding.mend for finding in findings.values())

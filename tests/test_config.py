@@ -1,0 +1,155 @@
+"""Recipes and overrides become one frozen config, or one line that says what is wrong and where."""
+
+import pytest
+
+from trainer.config import ConfigError, RunConfig
+from trainer.config_check import validate
+from trainer.config_load import Override, load_config, parse_flags
+from trainer.toml_writer import to_toml
+
+SOURCES = ("--hf-checkpoint=m", "--prompt-data=p.jsonl")
+
+
+def from_flags(*arguments, recipe=None):
+    positional, overrides = parse_flags(arguments)
+    assert positional == []
+    return load_config(recipe, overrides)
+
+
+def write(tmp_path, text):
+    path = tmp_path / "recipe.toml"
+    path.write_text(text)
+    return path
+
+
+def test_a_recipe_sets_keys_and_flags_go_over_it(tmp_path):
+    recipe = write(tmp_path, "seed = 3\n[rollout]\ntemperature = 1\nstop = ['a', 'b']\n[policy]\nlr = 1e-4\n")
+    config = from_flags("--policy.lr=2e-4", "--rollout.speculative_num_steps", "5", recipe=recipe)
+    assert config.seed == 3 and config.policy.lr == 2e-4 and config.rollout.speculative_num_steps == 5
+    assert config.rollout.stop == ("a", "b") and isinstance(config.rollout.temperature, float)
+    assert config.draft == RunConfig().draft
+
+
+def test_what_is_written_reads_back_equal(tmp_path):
+    config = from_flags(*SOURCES, "--draft.aux-layer-ids=1,3,5", "--policy.megatron.attention_dropout=0.1", "--lr=3e-4")
+    assert load_config(write(tmp_path, to_toml(config))) == config
+
+
+@pytest.mark.parametrize(
+    ("arguments", "value"),
+    [(["--resume"], True), (["--resume", "true"], True), (["--resume=no"], False), (["--resume", "--seed=1"], True)],
+)
+def test_a_boolean_flag_may_stand_alone(arguments, value):
+    assert from_flags(*arguments).resume is value
+
+
+def test_lists_and_passed_through_keys():
+    config = from_flags("--draft.aux_layer_ids", "[1, 3, 5]", "--rollout.stop=x,y", "--policy.megatron.swiglu=true")
+    assert config.draft.aux_layer_ids == (1, 3, 5) and config.rollout.stop == ("x", "y")
+    assert config.policy.megatron == {"swiglu": True}
+
+
+def test_what_is_no_flag_is_positional():
+    assert parse_flags(["a.toml", "--seed", "1", "b"])[0] == ["a.toml", "b"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[rollout]\ntemprature = 1", "unknown key 'rollout.temprature', did you mean 'rollout.temperature'"),
+        ("lr = 1", "unknown key 'lr', did you mean 'policy.lr'"),
+        ("[rolout]\nseed = 1", "unknown key 'rolout', did you mean 'rollout'"),
+        ("policy = 3", "policy is a table; write \\[policy\\]"),
+        ("[policy]\nmegatron = 3", "policy.megatron is a table"),
+        ("seed = '3'", "recipe.toml: seed = '3' is of the wrong type, expected a whole number"),
+        ("seed = true", "expected a whole number"),
+        ("[rollout]\nstop = 'a'", "expected a list, each a string"),
+        ("[draft]\naux_layer_ids = [1, 'x']", "expected a whole number"),
+        ("seed = ", "recipe.toml: not TOML"),
+    ],
+)
+def test_a_bad_recipe_is_one_line(tmp_path, text, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        load_config(write(tmp_path, text))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_recipe_is_named(tmp_path):
+    with pytest.raises(ConfigError, match=r"absent\.toml: No such file"):
+        load_config(tmp_path / "absent.toml")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--hf-chekpoint", "x"], "did you mean '--hf-checkpoint'"),
+        (["--rollout.temprature", "1"], "did you mean '--rollout.temperature'"),
+        (["--policy.megatron", "1"], "unknown flag"),
+        (["--lr"], "--lr needs a value, a number"),
+        (["--seed", "1.5"], "--seed '1.5' is of the wrong type, expected a whole number"),
+        (["--resume=maybe"], "expected true or false"),
+        (["--bf16=yes"], "--bf16 takes no value"),
+    ],
+)
+def test_a_bad_flag_is_one_line(arguments, message):
+    with pytest.raises(ConfigError, match=message):
+        from_flags(*arguments)
+
+
+GOOD = ("--rollout-batch-size=4", "--n-samples-per-prompt=4", *SOURCES)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--speculative-num-steps=0"], "speculative_num_steps = 0 with EAGLE3"),
+        (["--speculative-eagle-topk=2"], "only 1, a chain"),
+        (["--speculative-num-draft-tokens=3"], "it must be 4"),
+        (["--n-samples-per-prompt=1"], "a group of 1 has no advantage"),
+        (["--num-steps-per-rollout=3"], "do not divide into algorithm.num_steps_per_rollout = 3"),
+        (["--deterministic"], "set rollout.controller = 'fixed', or give a measured rollout.cost_table"),
+        (["--rollout.engine=sglang"], "not available yet"),
+        (["--rollout.engine=vllm"], "rollout.engine = 'vllm' is unknown"),
+        (["--speculative-algorithm=EAGLE"], "did you mean 'EAGLE3'"),
+        (["--rollout.verify-rule=rejecton"], "did you mean 'rejection'"),
+        (["--rollout.verify-rule=greedy"], "what temperature 0 uses by itself"),
+        (["--advantage-estimator=gae"], "use one of grpo"),
+        (["--rollout-temperature=0"], "teach nothing"),
+        (["--rollout-temperature=-1"], "0 \\(greedy\\) or more"),
+        (["--rollout-top-p=0"], "above 0"),
+        (["--num-rollout=0"], "at least 1"),
+        (["--context-length=64", "--rollout-max-response-len=64"], "leaves no room"),
+        (["--eval-interval=2"], "give --eval-prompt-data"),
+        (["--hf-checkpoint="], "give --hf-checkpoint DIR"),
+        (["--tensor-model-parallel-size=2"], "start a multiple of 2"),
+    ],
+)
+def test_impossible_settings_are_refused(arguments, message):
+    assert validate(from_flags(*GOOD)) == []
+    with pytest.raises(ConfigError, match=message) as caught:
+        validate(from_flags(*GOOD, *arguments))
+    assert "\n" not in str(caught.value)
+
+
+def test_samples_must_divide_over_data_parallel_ranks():
+    validate(from_flags(*GOOD), world_size=4)
+    validate(from_flags(*GOOD, "--tensor-model-parallel-size=3"), world_size=6)
+    with pytest.raises(ConfigError, match="over 3 data-parallel ranks"):
+        validate(from_flags(*GOOD), world_size=3)
+
+
+def test_filters_in_training_and_ngram_rejection_warn():
+    assert "top_p = 0.9 and top_k = 5" in validate(from_flags(*GOOD, "--rollout-top-p=0.9", "--rollout-top-k=5"))[0]
+    assert "point masses" in validate(from_flags(*GOOD, "--speculative-algorithm=NGRAM"))[0]
+    assert validate(from_flags(*GOOD, "--speculative-algorithm=NGRAM", "--rollout.verify-rule=target_only")) == []
+
+
+def test_determinism_with_a_fixed_depth_or_without_speculation_is_fine():
+    assert validate(from_flags(*GOOD, "--deterministic", "--rollout.controller=fixed")) == []
+    assert validate(from_flags(*GOOD, "--deterministic", "--rollout.cost_table=t.json")) == []
+    assert validate(from_flags(*GOOD, "--deterministic", "--speculative-algorithm=NONE")) == []
+
+
+def test_later_overrides_win():
+    overrides = [Override("--seed", "seed", "1"), Override("--seed", "seed", "2")]
+    assert load_config(None, overrides).seed == 2

@@ -1,0 +1,65 @@
+"""The flag table: every row leads to a setting, and the names of SGLang, slime and Megatron do what they say."""
+
+import pytest
+
+from trainer.config import ConfigError, RunConfig
+from trainer.config_load import known_keys, load_config, parse_flags
+from trainer.flags import DERIVED, SGLANG, TABLE
+from trainer.help import flags_help
+
+
+def load(*arguments):
+    return load_config(None, parse_flags(arguments)[1])
+
+
+def test_every_flag_leads_to_a_setting_and_is_named_once():
+    rows = [*SGLANG, *(flag for flag in TABLE.values() if flag not in SGLANG)]
+    assert len(rows) == len(TABLE) == len({flag.name for flag in rows})
+    for flag in rows:
+        assert flag.key in known_keys() or flag.key in DERIVED, flag
+        assert flag.help and flag.name == flag.name.lower().replace("_", "-")
+
+
+@pytest.mark.parametrize("prefix", ["--", "--sglang-"])
+def test_sglangs_speculative_flags_verbatim(prefix):
+    rollout = load(
+        f"{prefix}speculative-algorithm",
+        "NGRAM",
+        f"{prefix}speculative-num-steps=4",
+        f"{prefix}speculative-eagle-topk=1",
+        f"{prefix}speculative-num-draft-tokens=5",
+        f"{prefix}speculative-draft-model-path=d",
+    ).rollout
+    assert (rollout.speculative_algorithm, rollout.speculative_num_steps) == ("NGRAM", 4)
+    assert (rollout.speculative_num_draft_tokens, rollout.speculative_draft_model_path) == (5, "d")
+
+
+def test_slimes_and_megatrons_names_and_underscores():
+    config = load(
+        "--hf-checkpoint", "m", "--rm-type=math", "--use-kl-loss", "--kl-loss-coef", "0.1", "--eps_clip_high", "0.3",
+        "--tensor-model-parallel-size=2", "--sequence-parallel", "--bf16", "--disable-grpo-std-normalization",
+    )  # fmt: skip
+    assert config.policy.hf_checkpoint == "m" and config.data.reward == "math"
+    assert config.algorithm.use_kl_loss and config.algorithm.kl_loss_coef == 0.1
+    assert config.algorithm.eps_clip_high == 0.3 and not config.algorithm.normalize_std
+    assert config.policy.tensor_model_parallel_size == 2 and config.policy.sequence_parallel
+    assert config.policy.dtype == "bfloat16" and config.rollout.dtype == "float32"
+
+
+def test_global_batch_size_sets_or_checks_the_optimizer_steps():
+    data = ("--rollout-batch-size=8", "--n-samples-per-prompt=4")
+    assert load("--global-batch-size=16", *data).algorithm.num_steps_per_rollout == 2
+    assert load("--global-batch-size=16", "--num-steps-per-rollout=2", *data).algorithm.num_steps_per_rollout == 2
+    with pytest.raises(ConfigError, match="does not divide the 32 samples"):
+        load("--global-batch-size=5", *data)
+    with pytest.raises(ConfigError, match="makes 2 optimizer steps a rollout"):
+        load("--global-batch-size=16", "--num-steps-per-rollout=4", *data)
+
+
+def test_help_lists_every_flag_and_every_key():
+    text = flags_help()
+    for name in TABLE:
+        assert name.replace("--sglang-", "--") in text, name
+    for key in known_keys():
+        assert key.replace("_", "-") in text, key
+    assert str(RunConfig().policy.lr) in text
