@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from draft_models.chain_batch import DraftBatch, SampleSpan
-from draft_models.eagle3 import Eagle3
+from draft_models.eagle3 import Eagle3, Rope
 from draft_models.layers import FAST
 
 
@@ -23,26 +23,26 @@ class ChainAttention:
         """`x_S2H`: the attention input of every key row at step 0."""
         self._draft = draft
         self._position_Q = batch.chain_position_Q
-        k_SGD, v_SGD = self._keys_values(x_S2H, batch.key_position_S)
+        k_SGD, v_SGD = self._keys_values(x_S2H, draft.rope(batch.key_position_S[None]))
         self._spans = [_SpanAttention(draft.attention_scale, batch, span, k_SGD, v_SGD) for span in batch.spans]
         self._chain_ends = torch.tensor([span.chains.stop for span in batch.spans], device=x_S2H.device)
 
     def run(self, step: int, chain_n: Tensor, x_n2H: Tensor) -> Tensor:
         """Attention output [n, N * D] of step `step` (each step once, in order); `chain_n` ascends."""
-        position_n = self._position_Q[chain_n] + step
+        rope = self._draft.rope(self._position_Q[None, chain_n] + step)
         ends = torch.searchsorted(chain_n, self._chain_ends).tolist()
         sizes = [end - start for start, end in zip([0, *ends], ends, strict=False)]
         chains = chain_n.split(sizes)
-        queries = self._draft.queries(x_n2H[None], position_n[None])[0].split(sizes)
+        queries = self._draft.queries(x_n2H[None], rope)[0].split(sizes)
         if step == 0:
             parts = zip(self._spans, chains, queries, strict=True)
             return torch.cat([span.attend_text(chain, q) for span, chain, q in parts])
-        k_nGD, v_nGD = self._keys_values(x_n2H, position_n)
+        k_nGD, v_nGD = self._keys_values(x_n2H, rope)
         own_parts = zip(self._spans, chains, queries, k_nGD.split(sizes), v_nGD.split(sizes), strict=True)
         return torch.cat([span.attend_chain(chain, q, k, v) for span, chain, q, k, v in own_parts])
 
-    def _keys_values(self, x_n2H: Tensor, position_n: Tensor) -> tuple[Tensor, Tensor]:
-        k, v = self._draft.keys_values(x_n2H[None], position_n[None])
+    def _keys_values(self, x_n2H: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
+        k, v = self._draft.keys_values(x_n2H[None], rope)
         return k[0], v[0]
 
 

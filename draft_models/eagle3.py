@@ -23,6 +23,8 @@ from torch import Tensor, nn
 from draft_models.config import DraftConfig
 from draft_models.layers import FAST, Numerics, RopeTable, apply_rope, inverse_frequencies, rope_table
 
+Rope = tuple[Tensor, Tensor]
+
 
 class DraftError(ValueError):
     """A draft that cannot be made, loaded or fitted to its target: one line saying what, where and how to mend it."""
@@ -207,16 +209,20 @@ class Eagle3(nn.Module):
         normed_embeds = numerics.rms_norm(embeds, layer.input_layernorm.weight, eps)
         return torch.cat((normed_embeds, numerics.rms_norm(hidden, layer.hidden_norm.weight, eps)), dim=-1)
 
-    def queries(self, x_BM2H: Tensor, positions_BM: Tensor, numerics: Numerics = FAST) -> Tensor:
+    def rope(self, positions_BM: Tensor) -> Rope:
+        """cos and sin of RoPE positions, for `queries` and `keys_values`."""
+        return RopeTable(self.rope_cos, self.rope_sin).at(positions_BM)
+
+    def queries(self, x_BM2H: Tensor, rope: Rope, numerics: Numerics = FAST) -> Tensor:
         """Rotated queries [B, M, N, D] of `attention_input`."""
         q_BMND = self._heads(x_BM2H, self.midlayer.self_attn.q_proj.weight, numerics)
-        return apply_rope(q_BMND, *self._rope(positions_BM))
+        return apply_rope(q_BMND, *rope)
 
-    def keys_values(self, x_BM2H: Tensor, positions_BM: Tensor, numerics: Numerics = FAST) -> tuple[Tensor, Tensor]:
+    def keys_values(self, x_BM2H: Tensor, rope: Rope, numerics: Numerics = FAST) -> tuple[Tensor, Tensor]:
         """Rotated keys and plain values, each [B, M, G, D]."""
         k_BMGD = self._heads(x_BM2H, self.midlayer.self_attn.k_proj.weight, numerics)
         v_BMGD = self._heads(x_BM2H, self.midlayer.self_attn.v_proj.weight, numerics)
-        return apply_rope(k_BMGD, *self._rope(positions_BM)), v_BMGD
+        return apply_rope(k_BMGD, *rope), v_BMGD
 
     def finish(self, attended: Tensor, hidden: Tensor, numerics: Numerics = FAST) -> Tensor:
         """The layer after its attention: [..., N * D] and the layer's hidden input [..., H] to the state [..., H]."""
@@ -241,11 +247,12 @@ class Eagle3(nn.Module):
         Token (b, m) sees cache entries 0 .. positions_BM[b, m], the ones written now included.
         """
         x_BM2H = self.attention_input(embeds_BMH, hidden_BMH, numerics)
-        k_BMGD, v_BMGD = self.keys_values(x_BM2H, positions_BM, numerics)
+        rope = self.rope(positions_BM)
+        k_BMGD, v_BMGD = self.keys_values(x_BM2H, rope, numerics)
         rows_B1 = torch.arange(len(positions_BM), device=positions_BM.device)[:, None]
         cache_k_BGLD.transpose(1, 2)[rows_B1, positions_BM] = k_BMGD
         cache_v_BGLD.transpose(1, 2)[rows_B1, positions_BM] = v_BMGD
-        q_BMND = self.queries(x_BM2H, positions_BM, numerics)
+        q_BMND = self.queries(x_BM2H, rope, numerics)
         attended = numerics.attend(q_BMND, cache_k_BGLD, cache_v_BGLD, positions_BM, self.attention_scale)
         return self.finish(attended, hidden_BMH, numerics)
 
@@ -264,9 +271,6 @@ class Eagle3(nn.Module):
 
     def _heads(self, x_BM2H: Tensor, weight: Tensor, numerics: Numerics) -> Tensor:
         return numerics.linear(x_BM2H, weight).unflatten(-1, (-1, self.config.head_dim))
-
-    def _rope(self, positions_BM: Tensor) -> tuple[Tensor, Tensor]:
-        return RopeTable(self.rope_cos, self.rope_sin).at(positions_BM)
 
 
 class _Weight(nn.Module):
