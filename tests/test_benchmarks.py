@@ -99,11 +99,8 @@ def test_draft_scores_every_rule(policy_dir: Path, tmp_path: Path):
 
 
 def test_step_takes_medians_after_the_warm_up():
-    lines = [
-        {"step": 0, "time_rollout_s": 100.0, "time_policy_s": 100.0},
-        {"step": 1, "time_rollout_s": 3.0, "time_policy_s": 1.0},
-        {"step": 2, "time_rollout_s": 3.0, "time_policy_s": 1.0},
-    ]
+    times = ((100.0, 100.0), (3.0, 1.0), (5.0, 1.0), (4.0, 4.0))
+    lines = [{"step": i, "time_rollout_s": r, "time_policy_s": p} for i, (r, p) in enumerate(times)]
     rows = step.rows_of(lines, num_warmup=1)
     assert [(row["phase"], row["median_s"], row["share"]) for row in rows] == [
         ("rollout", 3, 0.75),
