@@ -80,14 +80,11 @@ class AcceptForecast:
         return 1.0 + sum(self.accepted_by_position) / steps if steps > 0 else 1.0
 
 
-def forecast_acceptance(
-    posterior_QK: Tensor, num_chains_B: Tensor, depth: int, max_new_tokens_B: Tensor | None = None
-) -> AcceptForecast:
-    """Expected statistics of drafting `depth` tokens at every step of these texts (depth <= K).
+def forecast_acceptance(posterior_QK: Tensor, num_chains_B: Tensor, depth: int) -> AcceptForecast:
+    """Expected statistics of drafting `depth` tokens at every step of these texts (1 <= depth <= K).
 
     `posterior_QK`: chances by chain and step, of which the first `depth` are used. The chain of rank c follows
-    response token c (0-based), so num_chains_B = response length - 1. With `max_new_tokens_B` the engine is taken to
-    shorten its last proposals so that drafts and bonus token stay within the limit.
+    response token c (0-based), so num_chains_B = response length - 1.
 
     From a start of rank c with n accepted, the next start has rank c + n + 1; hence P(start at c) is a forward
     recursion (a renewal process with n + 1 as the step).
@@ -98,24 +95,18 @@ def forecast_acceptance(
     left_BC = num_chains_B[:, None] - rank_C  # tokens of the text that follow the start
     posterior_BCK = posterior_QK.new_zeros(num_samples, num_chains, depth, dtype=torch.float64)
     posterior_BCK[exists_BC] = posterior_QK[:, :depth].double()
-    cap_BC = torch.full_like(left_BC, depth)
-    if max_new_tokens_B is not None:
-        cap_BC = torch.minimum(cap_BC, max_new_tokens_B[:, None] - rank_C - 2)
-    depth_K = torch.arange(depth, device=rank_C.device)
-    proposed_BCK = (depth_K < cap_BC[..., None]) & exists_BC[..., None]
-    # reach[j]: the first j drafts stand; a draft that is not proposed, or behind the end, cannot.
-    usable_BCK = proposed_BCK & (depth_K < left_BC[..., None])
-    reach_BCK = torch.where(usable_BCK, posterior_BCK, 0.0).cumprod(-1)
+    # reach[j]: the first j drafts stand; a draft behind the end of the text cannot.
+    inside_BCK = torch.arange(depth, device=rank_C.device) < left_BC[..., None]
+    reach_BCK = torch.where(inside_BCK, posterior_BCK, 0.0).cumprod(-1)
     reach_BCM = torch.nn.functional.pad(reach_BCK, (1, 1), value=0.0)
     reach_BCM[..., 0] = 1.0
     accepted_BCM = reach_BCM[..., :-1] - reach_BCM[..., 1:]  # P(n accepted | start), n = 0..depth
 
     start_BC = _renewal(accepted_BCM, exists_BC)
-    verify_BC = start_BC * proposed_BCK[..., 0] if depth else torch.zeros_like(start_BC)
     return AcceptForecast(
-        histogram=tuple((verify_BC[..., None] * accepted_BCM).sum((0, 1)).tolist()),
-        proposed_by_position=tuple((verify_BC[..., None] * proposed_BCK).sum((0, 1)).tolist()),
-        accepted_by_position=tuple((verify_BC[..., None] * reach_BCK).sum((0, 1)).tolist()),
+        histogram=tuple((start_BC[..., None] * accepted_BCM).sum((0, 1)).tolist()),
+        proposed_by_position=(start_BC.sum().item(),) * depth,
+        accepted_by_position=tuple((start_BC[..., None] * reach_BCK).sum((0, 1)).tolist()),
     )
 
 

@@ -78,7 +78,7 @@ def decode(chain: Chain, rule: VerifyRule, depth: int) -> Decoded:
             drafts[:, step] = sample_draft(rule, chain.q(step, context), seeds, start + done + step, chain.ids)
             context = drafts[:, step]
             p.append(chain.p[context])
-        num_drafts = (MAX_NEW - done - 1).clamp(0, depth)
+        num_drafts = torch.full((ROWS,), depth)
         noise = draw_noise(rule, seeds, start + done, depth, VOCAB)
         result = verify(rule, torch.stack(p, 1), torch.stack(q, 1), drafts, num_drafts, noise)
         emitted = torch.zeros(ROWS, dtype=torch.int64)
@@ -121,7 +121,7 @@ def differences(chain: Chain, rule: VerifyRule, depth: int, scored_by: Chain | N
         part = part[decoded.length_B[part] > 1]
         chains = decoded.length_B[part] - 1
         flat = posterior[part][torch.arange(MAX_NEW - 1) < chains[:, None]]
-        forecast = forecast_acceptance(flat, chains, depth, torch.full_like(part, MAX_NEW))
+        forecast = forecast_acceptance(flat, chains, depth)
         expected = [*forecast.histogram, *forecast.proposed_by_position, *forecast.accepted_by_position]
         observed = torch.cat([decoded.histogram[part], decoded.proposed[part], decoded.accepted[part]], dim=1).sum(0)
         rows.append(observed.double() - torch.tensor(expected, dtype=torch.float64))
