@@ -30,6 +30,8 @@ def full_line(step: int) -> dict[str, Any]:
         "expected_accept_length": 1.22 + 0.2 * step,
         "predicted_accept_rate_by_position": [0.1 * step + 0.16, 0.1 * step + 0.07],
         "frozen_accept_length": 1.17,
+        "decode_steps": 400,
+        "verify_steps": 300,
         "tokens_per_forward": 1.1 + 0.2 * step,
         "tokens_per_s": 700.0 + 10 * step,
         "speedup_vs_plain": 0.55 + 0.05 * step,

@@ -104,6 +104,11 @@ def test_a_key_that_only_some_steps_have_is_fine(tmp_path: Path):
     assert "accept length" in page_of(make_run(tmp_path, mixed)).of_class("name")
 
 
+def test_the_frozen_draft_is_compared_with_the_trained_one_at_equal_depth():
+    line = {"step": 2, "accept_length": 1.5, "predicted_accept_length": 2.75, "frozen_accept_length": 2.25}
+    assert "would have had 2.75 tokens per verify step, the frozen one 2.25" in report_text.accept_length([line])
+
+
 def test_zero_log_prob_difference_is_said_though_a_log_axis_cannot_draw_it(tmp_path: Path):
     lines = [line | {"logp_diff_mean": 0.0, "logp_diff_max": 0.0} for line in LINES]
     html = write_report(make_run(tmp_path, lines)).read_text()
@@ -115,6 +120,7 @@ def test_slow_speculation_is_said_with_its_reason():
     said = report_text.speed([line])
     assert "0.50 times the speed" in said and "slower" in said
     assert "1.50 tokens, and took 3.00 times as long" in said  # 1.5 / 0.5
+    assert "75% of its forwards verified drafts" in report_text.speed([full_line(3)])
     assert "faster" in report_text.speed([line | {"speedup_vs_plain": 1.2}])
     assert "not measured" in report_text.speed([{"step": 0}])
 

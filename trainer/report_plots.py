@@ -113,7 +113,9 @@ def accept_length(lines: Lines) -> Figure | None:
     figure, axes = new_axes("tokens per verify step")
     drawn = line(axes, series(lines, "accept_length"), "observed", SERIES[0], linewidth=2.4)
     line(axes, series(lines, "expected_accept_length"), "expected by the learner", SERIES[1], linestyle=(0, (4, 2)))
-    line(axes, series(lines, "frozen_accept_length"), "a draft frozen early", MUTED)
+    if any("frozen_accept_length" in row for row in lines):
+        line(axes, series(lines, "predicted_accept_length"), "trained draft, full depth", SERIES[2], linewidth=1.2)
+    line(axes, series(lines, "frozen_accept_length"), "frozen draft, full depth", MUTED)
     if not drawn:
         return None
     axes.set_ylim(bottom=1.0)
@@ -253,9 +255,13 @@ def running_batch(lines: Lines) -> Figure | None:
 
 def draft_loss(lines: Lines) -> Figure | None:
     figure, axes = new_axes("nats per token")
-    return figure if line(axes, series(lines, "draft_loss"), "draft loss", SERIES[0]) else None
+    drawn = line(axes, series(lines, "draft_loss"), "draft loss", SERIES[0])
+    axes.set_ylim(bottom=0)
+    return figure if drawn else None
 
 
 def entropy(lines: Lines) -> Figure | None:
     figure, axes = new_axes("nats per token")
-    return figure if line(axes, series(lines, "entropy"), "entropy of the policy", SERIES[1]) else None
+    drawn = line(axes, series(lines, "entropy"), "entropy of the policy", SERIES[1])
+    axes.set_ylim(bottom=0)
+    return figure if drawn else None

@@ -66,12 +66,13 @@ def change(lines: Lines, key: str, name: str, spec: str = ".2f") -> str:
 
 def accept_length(lines: Lines) -> str:
     text = change(lines, "accept_length", "Accept length")
-    frozen = [line for line in lines if "frozen_accept_length" in line and "accept_length" in line]
+    frozen = [line for line in lines if "frozen_accept_length" in line and "predicted_accept_length" in line]
     if frozen:
         last = frozen[-1]
         text += (
-            f" At step {last['step']} the trained draft had {last['accept_length']:.2f} tokens per verify step; "
-            f"the frozen one would have had {last['frozen_accept_length']:.2f}."
+            f" Drafting the full depth at step {last['step']}, the trained draft would have had "
+            f"{last['predicted_accept_length']:.2f} tokens per verify step, the frozen one "
+            f"{last['frozen_accept_length']:.2f}."
         )
     return text
 
@@ -114,6 +115,8 @@ def speed(lines: Lines) -> str:
     )
     if "tokens_per_forward" not in last:
         return text.strip()
+    if last.get("decode_steps"):
+        text += f"{last.get('verify_steps', 0) / last['decode_steps']:.0%} of its forwards verified drafts. "
     gain = last["tokens_per_forward"]
     cost = gain / ratio
     text += (
