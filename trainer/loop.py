@@ -47,13 +47,13 @@ def roll_out(run: Run, step: int) -> Rollout:
     prompts, run.position = run.prompts.take(run.position, config.data.rollout_batch_size)
     requests = make_requests(prompts, run.sampling, config.data.n_samples_per_prompt, config.seed, step)
     with run.clock("rollout"):
-        generated = generate(run.engine, requests)
+        generated = generate(run.engine, requests, config.rollout.max_running_requests)
     with run.clock("reward"):
         scored = score(generated, prompts, run.reward)
     plain = None
     if config.plain_probe_interval and step % config.plain_probe_interval == 0:
         with run.clock("probe"):
-            plain = generate(run.engine.without_speculation(), requests)
+            plain = generate(run.engine.without_speculation(), requests, config.rollout.max_running_requests)
     return Rollout(scored, plain)
 
 
@@ -101,11 +101,12 @@ def after_step(run: Run, step: int) -> dict[str, Any]:
     if not (interval and run.eval_prompts and (step + 1) % interval == 0):
         return {}
     with run.clock("eval"):
-        return evaluate(run.engine, run.eval_prompts, run.sampling, run.reward)
+        slots = run.config.rollout.max_running_requests
+        return evaluate(run.engine, run.eval_prompts, run.sampling, slots, run.reward)
 
 
 def metrics_line(step: int, rollout: Rollout, *parts: dict[str, Any]) -> dict[str, Any]:
     """One step's line from its parts; see `trainer.metrics` for what each figure means."""
     fast, plain = rollout.speculative, rollout.plain
     probe = {} if plain is None else metrics.plain_probe_metrics(fast.samples, fast.time_s, plain.samples, plain.time_s)
-    return metrics.step_line(step, metrics.rollout_metrics(fast.samples, fast.time_s), probe, *parts)
+    return metrics.step_line(step, metrics.rollout_metrics(fast.samples, fast.time_s, fast.running), probe, *parts)

@@ -7,7 +7,7 @@ depends on scheduling. Samples are put in (prompt_id, sample_id) order before an
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from draft_models.randomness import request_seed
@@ -20,10 +20,14 @@ EVAL_STEP = -1  # evaluation's requests are greedy, so their seed decides nothin
 
 @dataclass(frozen=True, slots=True)
 class Generated:
-    """Samples in (prompt_id, sample_id) order and the seconds that generating them took."""
+    """Samples in (prompt_id, sample_id) order and the seconds that generating them took.
+
+    `running` lists (seconds since the start, requests in a slot) whenever that number could change.
+    """
 
     samples: tuple[Sample, ...]
     time_s: float
+    running: tuple[tuple[float, int], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,11 +58,16 @@ def make_requests(
     ]
 
 
-def generate(engine: RolloutEngine, requests: Iterable[RolloutRequest]) -> Generated:
-    """Run every request to its end."""
+def generate(engine: RolloutEngine, requests: Sequence[RolloutRequest], num_slots: int) -> Generated:
+    """Run every request to its end; an engine of `num_slots` refills a slot as soon as it is free."""
     start_s = time.perf_counter()
-    samples = tuple(sorted(engine.generate(requests), key=lambda sample: sample.request.key))
-    return Generated(samples, time.perf_counter() - start_s)
+    running = [(0.0, min(num_slots, len(requests)))]
+    samples: list[Sample] = []
+    for sample in engine.generate(requests):
+        samples.append(sample)
+        running.append((time.perf_counter() - start_s, min(num_slots, len(requests) - len(samples))))
+    time_s = time.perf_counter() - start_s
+    return Generated(tuple(sorted(samples, key=lambda sample: sample.request.key)), time_s, tuple(running))
 
 
 def score(generated: Generated, prompts: Sequence[Prompt], reward: RewardFunction) -> Generated:
@@ -69,11 +78,12 @@ def score(generated: Generated, prompts: Sequence[Prompt], reward: RewardFunctio
 
 
 def evaluate(
-    engine: RolloutEngine, prompts: Sequence[Prompt], sampling: SamplingParams, reward: RewardFunction
+    engine: RolloutEngine, prompts: Sequence[Prompt], sampling: SamplingParams, num_slots: int, reward: RewardFunction
 ) -> dict[str, float]:
     """Greedy reward over held-out prompts, and the share of answers cut off by the length limit."""
     greedy = replace(sampling, temperature=0.0, top_p=1.0, top_k=0)
-    samples = score(generate(engine, make_requests(prompts, greedy, 1, 0, EVAL_STEP)), prompts, reward).samples
+    requests = make_requests(prompts, greedy, 1, 0, EVAL_STEP)
+    samples = score(generate(engine, requests, num_slots), prompts, reward).samples
     rewards = [sample.reward for sample in samples if sample.reward is not None]
     truncated = sum(sample.finish_reason is FinishReason.LENGTH for sample in samples)
     return {"eval_reward": sum(rewards) / len(rewards), "eval_truncated": truncated / len(samples)}
