@@ -52,7 +52,9 @@ class BenchPolicy:
 def load_policy(directory: Path, prompt_file: Path | None, data: DataConfig, dtype: str, device: str) -> BenchPolicy:
     """Prompts: `prompt_file`, or train.jsonl of the policy. ConfigError for what is not there."""
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()  # it would stand among the tables
     hf_config = read_config(directory)
     tokenizer = load_tokenizer(directory)
     context = int(hf_config["max_position_embeddings"])

@@ -77,11 +77,12 @@ def tiles(lines: text.Lines, config: Mapping[str, Any]) -> list[Tile]:
         low, high = (f(line["speedup_vs_plain"] for line in probes) for f in (min, max))
         note = f"last of {len(probes)} probes; {low:.2f} to {high:.2f}" if len(probes) > 1 else "one probe"
         speed = Tile("speed vs plain decoding", f"{probes[-1]['speedup_vs_plain']:.2f} x", note)
+    rule = text.rule_name(config)
     return [
         span_tile("reward", lines, "reward", ".2f"),
         span_tile("accept length", lines, "accept_length", ".2f"),
         speed,
-        Tile("verification rule", text.rule_name(config).replace("_", "-"), "exact"),
+        Tile("verification rule", rule.replace("_", "-"), "no speculation" if rule == "none" else "exact"),
         span_tile("tokens per second", lines, "tokens_per_s", ".0f"),
     ]
 
