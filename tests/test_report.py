@@ -122,6 +122,7 @@ def test_slow_speculation_is_said_with_its_reason():
     assert "1.50 tokens, and took 3.00 times as long" in said  # 1.5 / 0.5
     assert "75% of its forwards verified drafts" in report_text.speed([full_line(3)])
     assert "faster" in report_text.speed([line | {"speedup_vs_plain": 1.2}])
+    assert "about as fast" in report_text.speed([line | {"speedup_vs_plain": 0.98}])
     assert "not measured" in report_text.speed([{"step": 0}])
 
 

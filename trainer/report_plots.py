@@ -26,6 +26,7 @@ INK, MUTED, GRID = "#111213", "#717273", "#d1d2d3"
 SERIES = ("#2a6f01", "#2a6f02", "#2a6f03", "#2a6f04", "#2a6f05", "#2a6f06", "#2a6f07", "#2a6f08")
 CSS_VARIABLES = {INK: "--ink", MUTED: "--muted", GRID: "--grid"} | {c: f"--c{i + 1}" for i, c in enumerate(SERIES)}
 
+LEGEND_CHARACTERS = 88  # of one row, the space of each entry's mark (9) included
 STYLE = {
     "svg.fonttype": "none",
     "font.size": 10,
@@ -84,11 +85,16 @@ def new_axes(ylabel: str, *, xlabel: str = "step", height: float = 2.9) -> tuple
     return figure, axes
 
 
-def legend(axes: Axes, num_columns: int = 4) -> None:
-    if not axes.get_legend_handles_labels()[0]:
+def legend(axes: Axes) -> None:
+    """Above the axes, in as many rows as keep it inside the figure: a wider one would squeeze the axes."""
+    handles, labels = axes.get_legend_handles_labels()
+    if not labels:
         return  # matplotlib warns of a legend without entries
+    num_rows = math.ceil(sum(len(label) + 9 for label in labels) / LEGEND_CHARACTERS)
     with matplotlib.rc_context(STYLE):
-        axes.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=num_columns, borderaxespad=0.2, handlelength=1.4)
+        axes.figure.legend(
+            handles, labels, loc="outside upper left", ncols=math.ceil(len(labels) / num_rows), handlelength=1.4
+        )
 
 
 def line(axes: Axes, xy: tuple[Sequence[float], Sequence[float]], label: str, colour: str, **style: Any) -> bool:
@@ -197,7 +203,7 @@ def step_anatomy(lines: Lines) -> Figure | None:
         heights = [row.get(f"time_{name}_s", 0.0) for row in lines]
         axes.bar(steps, heights, 0.86, bottom, label=name, color=SERIES[i % len(SERIES)], linewidth=0)
         bottom = [b + h for b, h in zip(bottom, heights, strict=True)]
-    legend(axes, num_columns=6)
+    legend(axes)
     return figure
 
 
@@ -206,7 +212,7 @@ def response_length(lines: Lines) -> Figure | None:
     curves = (("max", MUTED, 1.2), ("p99", SERIES[3], 1.4), ("p90", SERIES[1], 1.6), ("p50", SERIES[0], 2.2))
     drawn = [line(axes, series(lines, f"response_len_{k}"), k, c, linewidth=w) for k, c, w in curves]
     axes.set_ylim(bottom=0)
-    legend(axes, num_columns=5)
+    legend(axes)
     return figure if any(drawn) else None
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from trainer.progress import phase_seconds
 
 Lines = Sequence[Mapping[str, Any]]
+EVEN = 0.05  # a speed this near to 1 is neither faster nor slower: a single probe is not more exact
 MEASUREMENTS = ("eval", "probe")  # phases that a run without measurements would not have
 
 RULES = {
@@ -122,6 +123,8 @@ def speed(lines: Lines) -> str:
     text += (
         f"A forward of the policy gave a sequence {gain:.2f} tokens, and took {cost:.2f} times as long as a plain one"
     )
+    if abs(ratio - 1) < EVEN:
+        return text + ": speculation was about as fast as plain decoding."
     if ratio < 1:
         return text + (
             f": drafting and verifying cost more than they brought, so speculation was slower here. It would break "
