@@ -1,5 +1,7 @@
 """The Megatron policy on one rank, against Transformers and plain autograd."""
 
+import resource
+import signal
 from dataclasses import replace
 
 import pytest
@@ -252,6 +254,26 @@ def test_saved_folder_loads_in_transformers(checkpoint, tmp_path):
     assert_bitwise(model.state_dict(), policy.export_weights())
 
 
+@pytest.mark.parametrize("limit_bytes", [1_000, 100_000])
+@pytest.mark.parametrize("method", ["save", "save_hf"])
+def test_writes_that_fail_are_one_line_errors(checkpoint, tmp_path, method, limit_bytes):
+    """A file-size limit stands for a full disk: in the first file, or in the middle of the weights."""
+    policy = make_policy(checkpoint)
+    policy.update(rollout(1, 2))
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+    signal_before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # else the limit kills the process
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, unlimited[1]))
+    try:
+        with pytest.raises(OSError, match="cannot be saved") as caught:
+            getattr(policy, method)(tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+        signal.signal(signal.SIGXFSZ, signal_before)
+    assert "\n" not in str(caught.value)
+    if method == "save_hf":
+        assert not list(tmp_path.iterdir())
+
+
 def test_bfloat16_is_near_float32(checkpoint):
     samples = rollout()
     exact = make_policy(checkpoint).update(samples).metrics
@@ -285,6 +307,19 @@ def test_weights_that_do_not_fit_are_named(tmp_path):
     (folder / "model.safetensors").unlink()
     with pytest.raises(ConfigError, match=r"no \.safetensors weights"):
         make_policy(folder)
+
+
+def test_sharded_checkpoint(tmp_path):
+    hf_model().save_pretrained(tmp_path, max_shard_size="20KB")
+    shards = sorted(tmp_path.glob("*.safetensors"))
+    assert len(shards) > 1
+    assert_bitwise(make_policy(tmp_path).export_weights(), hf_model().state_dict())
+    shards[1].unlink()
+    with pytest.raises(ConfigError, match=shards[1].name):
+        make_policy(tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"index\.json: not an index"):
+        make_policy(tmp_path)
 
 
 def test_unknown_megatron_key_names_the_nearest(checkpoint):

@@ -55,7 +55,11 @@ class HFWeights:
 def _weight_files(directory: Path) -> list[Path]:
     index = directory / _INDEX
     if index.exists():
-        return [directory / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+        try:
+            names = set(json.loads(index.read_text())["weight_map"].values())
+        except (ValueError, KeyError) as error:
+            raise ConfigError(f"{index}: not an index of safetensors files ({error!r})") from None
+        return [directory / name for name in sorted(names)]
     files = sorted(directory.glob("*.safetensors"))
     if not files:
         raise ConfigError(f"{directory}: no .safetensors weights found; save the checkpoint as safetensors")

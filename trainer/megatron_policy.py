@@ -41,7 +41,7 @@ from trainer.policy_capture import (
     StageRecorder,
     aux_name,
     choose_captured,
-    draft_sample_bytes,
+    draft_bytes_per_token,
 )
 from trainer.policy_layout import Axis, RankLayout
 from trainer.policy_weights import WeightMap, collect, load_weights
@@ -251,7 +251,7 @@ class MegatronPolicy:
             return PolicyUpdate(metrics, [])
         if self.layout.pp.size > 1:
             recorder.bring_to_last_stage()
-        metrics |= self._count_dropped(batches, recorder)
+        metrics |= recorder.counts(sum(len(batch.sample_indices) for batch in batches))
         return PolicyUpdate(metrics, recorder.draft_samples(ordered, capture) if self.is_draft_rank else [])
 
     def _plan(self, samples: Sequence[Sample]) -> list[list[MicroBatch]]:
@@ -385,14 +385,11 @@ class MegatronPolicy:
         num_layers = self.megatron_config.num_layers
         if max(capture.aux_layer_ids) >= num_layers:
             raise ConfigError(f"draft.aux_layer_ids {capture.aux_layer_ids}: the policy has {num_layers} layers")
-        element_bytes = self.megatron_config.params_dtype.itemsize
-        num_bytes = {
-            i: draft_sample_bytes(
-                sequence_length(samples[i]), self.hidden_size, self.hf_config["vocab_size"], element_bytes
-            )
-            for batch in batches
-            for i in batch.sample_indices
-        }
+        bytes_per_token = draft_bytes_per_token(
+            self.hidden_size, self.hf_config["vocab_size"], self.megatron_config.params_dtype.itemsize
+        )
+        indices = [i for batch in batches for i in batch.sample_indices]
+        num_bytes = {i: bytes_per_token * sequence_length(samples[i]) for i in indices}
         offset = self._weight_map.layer_offset
         layers = self._model.decoder.layers
         modules = {aux_name(k): layers[k - offset] for k in capture.aux_layer_ids if 0 <= k - offset < len(layers)}
@@ -405,12 +402,6 @@ class MegatronPolicy:
             layout=self.layout,
             sequence_parallel=self.megatron_config.sequence_parallel,
         )
-
-    def _count_dropped(self, batches: Sequence[MicroBatch], recorder: StageRecorder) -> dict[str, float]:
-        num_samples = sum(len(batch.sample_indices) for batch in batches)
-        counts = torch.tensor([len(recorder.chosen), num_samples - len(recorder.chosen)], device=self.layout.device)
-        dist.all_reduce(counts, group=self.layout.dp.group)
-        return {"draft_samples_captured": float(counts[0]), "draft_samples_dropped": float(counts[1])}
 
     # ---- weights and state ----
 
@@ -463,7 +454,10 @@ class MegatronPolicy:
 
     @_megatron_runs
     def save(self, directory: str | Path) -> None:
-        """Model, optimizer and scheduler into `directory` (made when missing), loadable under another layout."""
+        """Model, optimizer and scheduler into `directory` (made when missing), loadable under another layout.
+
+        Raises OSError when it cannot be written.
+        """
         if distributed.rank() == 0:
             Path(directory).mkdir(parents=True, exist_ok=True)
         dist.barrier()
@@ -473,8 +467,11 @@ class MegatronPolicy:
         filesystem_async._results_queue = queue.Queue()
         try:
             dist_checkpointing.save(state, str(directory), content_metadata=metadata)
-        except CheckpointException as error:
-            raise OSError(f"{directory}: the policy's state could not be saved: {error}") from error
+        except CheckpointException as error:  # holds (exception, traceback) by rank
+            cause = next(iter(error.failures.values()))[0]
+            raise OSError(f"{directory}: the policy's state cannot be saved ({cause})") from error
+        except RuntimeError as error:  # how torch.save reports a write that failed
+            raise OSError(f"{directory}: the policy's state cannot be saved ({error})") from error
 
     @_megatron_runs
     def load(self, directory: str | Path) -> None:

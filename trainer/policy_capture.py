@@ -35,9 +35,9 @@ def aux_name(layer_id: int) -> str:
     return f"aux.{layer_id}"
 
 
-def draft_sample_bytes(length: int, hidden_size: int, vocab_size: int, element_bytes: int) -> int:
-    """Bytes of one `DraftSample`: ids, embedding rows, three hidden states and logits."""
-    return length * (8 + element_bytes * (4 * hidden_size + vocab_size))
+def draft_bytes_per_token(hidden_size: int, vocab_size: int, element_bytes: int) -> int:
+    """Of a `DraftSample`: the id, its embedding row, three hidden states and the logits."""
+    return 8 + element_bytes * (4 * hidden_size + vocab_size)
 
 
 def choose_captured(num_bytes: Mapping[int, int], max_bytes: int, turn: int) -> frozenset[int]:
@@ -136,6 +136,14 @@ class StageRecorder:
             dist.recv(message, group=group, group_src=stage)
             for name, block in zip(stage_names, message.chunk(len(stage_names), dim=-1), strict=True):
                 self.rows[name] = dict(zip(order, block.split(lengths), strict=True))
+
+    def counts(self, num_samples: int) -> dict[str, float]:
+        """Samples captured and dropped on all data-parallel ranks, of this rank's `num_samples`. Collective."""
+        mine = [len(self.chosen), num_samples - len(self.chosen)]
+        counts = torch.tensor(mine, dtype=torch.float64, device=self.layout.device)
+        dist.all_reduce(counts, group=self.layout.dp.group)
+        captured, dropped = counts.tolist()
+        return {"draft_samples_captured": captured, "draft_samples_dropped": dropped}
 
     def draft_samples(self, samples: Sequence[Sample], spec: CaptureSpec) -> list[DraftSample]:
         """What the last stage holds, in sample order."""
