@@ -12,6 +12,7 @@ from draft_models.config import DraftConfig
 from draft_models.eagle3 import Eagle3, Eagle3Config
 from rollout_engine.config import RolloutConfig
 from rollout_engine.decoder import Decoder
+from rollout_engine.hf_checkpoint import decoder_config
 from rollout_engine.torch_engine import TorchEngine
 from rollout_engine.types import RolloutRequest, Sample, SamplingParams, SpecStats
 
@@ -112,3 +113,17 @@ def tokens_of(samples: dict[tuple[int, int], Sample]) -> dict[tuple[int, int], t
 
 def total_spec(samples: dict[tuple[int, int], Sample]) -> SpecStats:
     return sum((sample.spec for sample in samples.values()), SpecStats())
+
+
+def random_pair(dtype: torch.dtype, device: str) -> tuple[Decoder, Eagle3]:
+    """A decoder and a draft from a seed, the same on every device, without any file."""
+    settings = TINY | {"architectures": ["Qwen3ForCausalLM"]}
+    decoder = Decoder(decoder_config(settings), dtype, device)
+    generator = torch.Generator().manual_seed(0)
+    for name, tensor in decoder.named_tensors().items():
+        values = torch.randn(tensor.shape, generator=generator) * 0.12 + (tensor.dim() == 1)
+        tensor.copy_(values * (3.0 if name == "model.norm.weight" else 1.0))
+    draft = Eagle3(Eagle3Config.from_target(settings, DraftConfig()), seed=5)
+    with torch.no_grad():
+        draft.lm_head.weight.mul_(10.0)
+    return decoder, draft.to(device=device, dtype=dtype)

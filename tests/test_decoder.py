@@ -125,6 +125,17 @@ def test_batch_invariant_rows_are_bitwise_equal(tmp_path: Path) -> None:
     torch.testing.assert_close(run(decoder, tokens, FAST)[0], want, atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("shape", [(1, 1), (1, 4), (3, 1), (2, 2), (5, 1)])
+def test_few_rows_times_a_large_weight(shape: tuple[int, int]) -> None:
+    generator = torch.Generator().manual_seed(5)
+    x, weight = torch.randn(*shape, 1024, generator=generator), torch.randn(1040, 1024, generator=generator)
+    bias = torch.randn(1040, generator=generator)
+    for b in (None, bias):
+        got, want = FAST.linear(x, weight, b), torch.nn.functional.linear(x, weight, b)
+        assert got.is_contiguous()
+        torch.testing.assert_close(got, want, atol=1e-3, rtol=0)
+
+
 @torch.no_grad()
 def test_named_tensors_are_views_into_the_weights(tmp_path: Path) -> None:
     model = save_hf_model(tmp_path, "Qwen2", tie_word_embeddings=False)
