@@ -31,8 +31,8 @@ def test_answers_are_right():
         assert list(answers["reverse"]) == words["reverse"][:0:-1]
         start, step, terms = (int(words["count"][i]) for i in (2, 4, 6))
         assert [int(word) for word in answers["count"]] == [(start + i * step) % 100 for i in range(terms)]
-        phrase, times = words["repeat"][1:-2], int(words["repeat"][-1])
-        assert list(answers["repeat"]) == [w for turn in range(times) for w in (str(turn + 1), *phrase)]
+        phrase, times = words["repeat"][2:], int(words["repeat"][1])
+        assert list(answers["repeat"]) == [w for turn in range(times, 0, -1) for w in (str(turn), *phrase)]
 
 
 def test_demonstrations_go_wrong_at_the_stated_rate():

@@ -13,13 +13,14 @@ from trainer.make_model import MakeModelConfig, provenance
 from trainer.make_model_progress import make_model_with_progress
 
 RECIPE = Path(__file__).resolve().parent.parent / "recipes" / "demo.toml"
-WARM_START_STEPS = 300
+TASK, WARM_START_STEPS = "repeat", 360
 
 
 def demo_config(overrides: Sequence[Override]) -> RunConfig:
     """The demo recipe's settings under a free run name, its policy made first unless it is there already."""
     config = load_config(RECIPE, overrides)
-    ensure_model(MakeModelConfig(out=Path(config.policy.hf_checkpoint), warm_start_steps=WARM_START_STEPS))
+    out = Path(config.policy.hf_checkpoint)
+    ensure_model(MakeModelConfig(out=out, task=TASK, warm_start_steps=WARM_START_STEPS))
     return config if config.resume else replace(config, name=free_name(config))
 
 

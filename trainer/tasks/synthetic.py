@@ -24,11 +24,11 @@ def draw_reverse(rng: Random) -> Problem:
 
 
 def draw_repeat(rng: Random) -> Problem:
-    """A phrase of one to three words and a count -> the phrase that many times, numbered."""
+    """A phrase of one to three words and a count -> the phrase that many times, the turns counted down to 1."""
     phrase = [rng.choice(_WORDS) for _ in range(rng.randint(1, 3))]
-    times = long_tailed(rng, 4.0, 0.7, 1, 15)
-    answer = [word for turn in range(times) for word in (str(turn + 1), *phrase)]
-    return Problem(f"repeat {' '.join(phrase)} times {times}\n", tuple(answer))
+    times = long_tailed(rng, 3.0, 0.8, 1, 15)
+    answer = [word for turn in range(times, 0, -1) for word in (str(turn), *phrase)]
+    return Problem(f"repeat {times} {' '.join(phrase)}\n", tuple(answer))
 
 
 def draw_count(rng: Random) -> Problem:
