@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import torch
+
 from draft_models.eagle3 import Eagle3
 from rollout_engine.config import RolloutConfig
 from rollout_engine.hf_checkpoint import DecoderConfig
@@ -13,8 +15,10 @@ _ALGORITHMS = ("EAGLE3", "NGRAM", "NONE")
 _RULES = ("rejection", "target_only", "coupled")
 
 
-def check_config(config: RolloutConfig, target: DecoderConfig, draft: Eagle3 | None) -> None:
-    """Raise ValueError for speculative settings that contradict themselves, the target or the draft."""
+def check_config(config: RolloutConfig, target: DecoderConfig, draft: Eagle3 | None, device: torch.device) -> None:
+    """Raise ValueError for settings that contradict themselves, the target, the draft or the device."""
+    if config.batch_invariant and device.type != "cpu":
+        raise ValueError("rollout.batch_invariant = true holds on the CPU only: CUDA's products depend on the batch")
     algorithm, depth = config.speculative_algorithm, config.speculative_num_steps
     if algorithm not in _ALGORITHMS:
         raise ValueError(f"rollout.speculative_algorithm = {algorithm!r}: expected one of {', '.join(_ALGORITHMS)}")

@@ -51,7 +51,7 @@ class TorchEngine:
         A draft is used by EAGLE3 alone, but its weights are received with any algorithm. Raises ValueError for
         settings that contradict themselves, the decoder or the draft.
         """
-        check_config(config, decoder.config, draft)
+        check_config(config, decoder.config, draft, decoder.device)
         self._decoder = decoder
         self._config = config
         self._rule = VerifyRule(config.verify_rule)

@@ -125,15 +125,18 @@ def test_batch_invariant_rows_are_bitwise_equal(tmp_path: Path) -> None:
     torch.testing.assert_close(run(decoder, tokens, FAST)[0], want, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (1, 4), (3, 1), (2, 2), (5, 1)])
-def test_few_rows_times_a_large_weight(shape: tuple[int, int]) -> None:
+@pytest.mark.parametrize("shape", [(1, 1), (1, 4), (7, 2)])
+def test_onednn_products_equal_the_ordinary_ones(shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever this machine prefers, in the engine's inference mode."""
+    monkeypatch.setattr(FAST, "_onednn", True)
     generator = torch.Generator().manual_seed(5)
     x, weight = torch.randn(*shape, 1024, generator=generator), torch.randn(1040, 1024, generator=generator)
     bias = torch.randn(1040, generator=generator)
     for b in (None, bias):
-        got, want = FAST.linear(x, weight, b), torch.nn.functional.linear(x, weight, b)
+        with torch.inference_mode():
+            got = FAST.linear(x, weight, b)
         assert got.is_contiguous()
-        torch.testing.assert_close(got, want, atol=1e-3, rtol=0)
+        torch.testing.assert_close(got, torch.nn.functional.linear(x, weight, b), atol=1e-3, rtol=0)
 
 
 @torch.no_grad()

@@ -48,11 +48,7 @@ def test_ngrams_on_cuda() -> None:
     assert tokens_of(samples) == tokens_of(plain) and total_spec(samples).num_accepted > 0
 
 
-def test_batch_invariant_on_cuda() -> None:
-    decoder, draft = random_pair(torch.float32, "cuda")
-    requests = make_requests(3, 3)
-    plain = run_engine(make_engine(decoder, verify_rule="coupled", batch_invariant=True), requests)
-    engine = make_engine(decoder, draft, verify_rule="coupled", batch_invariant=True, max_running_requests=2)
-    samples = run_engine(engine, requests)
-    assert tokens_of(samples) == tokens_of(plain)
-    assert all(samples[key].logprobs == plain[key].logprobs for key in plain)
+def test_batch_invariant_is_refused() -> None:
+    """Its arithmetic was seen to differ in the last bits there."""
+    with pytest.raises(ValueError, match="batch_invariant = true holds on the CPU only"):
+        make_engine(random_pair(torch.float32, "cuda")[0], batch_invariant=True)
