@@ -144,6 +144,9 @@ def _prefers_onednn() -> bool:
     return cpuinfo.exists() and "AuthenticAMD" in cpuinfo.read_text() and torch.backends.mkldnn.is_available()
 
 
+_QUERY_BLOCK = 256
+
+
 class FastNumerics:
     """Torch's own kernels. The group of query heads that shares a KV head becomes more queries of that head, so that
     no KV head is ever repeated in memory and every fused attention kernel applies."""
@@ -175,6 +178,9 @@ class FastNumerics:
         scale: float,
     ) -> torch.Tensor:
         num_rows, num_tokens, num_heads, head_dim = q_BMHD.shape
+        if num_tokens > _QUERY_BLOCK:  # bounds the mask, which a long prompt would make quadratic
+            blocks = zip(q_BMHD.split(_QUERY_BLOCK, 1), positions_BM.split(_QUERY_BLOCK, 1), strict=True)
+            return torch.cat([self.attend(q, k_BGLD, v_BGLD, positions, scale) for q, positions in blocks], dim=1)
         num_kv_heads, length = k_BGLD.shape[1], k_BGLD.shape[2]
         group = num_heads // num_kv_heads
         q = q_BMHD.view(num_rows, num_tokens, num_kv_heads, group * head_dim).transpose(1, 2)

@@ -30,7 +30,6 @@ class EagleDrafter:
         self._draft = draft
         self._embed_VH = embed_VH
         self._numerics = numerics
-        self._target_ids_D = draft.target_ids
         self._cache = self._new_cache(num_slots)
         self._aux = embed_VH.new_zeros(num_slots, 0, len(config.aux_layer_ids) * config.hidden_size)
         self._filled = [0] * num_slots
@@ -94,11 +93,12 @@ class EagleDrafter:
         self.reserve(view_length)
         view = self._cache.view(len(rows), view_length)
         state = self._catch_up(rows, lengths, view)
+        target_ids_D = self._draft.target_ids
         tokens: list[torch.Tensor] = []
         probs: list[torch.Tensor] = []
         for step in range(depth):
             logits = self._draft.logits(state, self._numerics)[:, 0]
-            token_B, q_BV = sampling.draft(logits, length_B + step, self._target_ids_D, len(self._embed_VH))
+            token_B, q_BV = sampling.draft(logits, length_B + step, target_ids_D, len(self._embed_VH))
             tokens.append(token_B)
             if q_BV is not None:
                 probs.append(q_BV)

@@ -139,6 +139,19 @@ def test_onednn_products_equal_the_ordinary_ones(shape: tuple[int, int], monkeyp
         torch.testing.assert_close(got, torch.nn.functional.linear(x, weight, b), atol=1e-3, rtol=0)
 
 
+def test_attention_of_a_long_prompt_goes_by_blocks() -> None:
+    generator = torch.Generator().manual_seed(6)
+    q = torch.randn(2, 600, 4, 8, generator=generator, dtype=torch.float64)
+    k, v = torch.randn(2, 2, 2, 640, 8, generator=generator, dtype=torch.float64)
+    positions = torch.stack((torch.arange(600), torch.arange(30, 630)))
+    got = FAST.attend(q, k, v, positions, 0.3)
+    visible = torch.arange(640) <= positions[:, None, :, None]
+    want = torch.nn.functional.scaled_dot_product_attention(
+        q.transpose(1, 2), k, v, attn_mask=visible, scale=0.3, enable_gqa=True
+    )
+    torch.testing.assert_close(got, want.transpose(1, 2).flatten(2), atol=1e-12, rtol=0)
+
+
 @torch.no_grad()
 def test_named_tensors_are_views_into_the_weights(tmp_path: Path) -> None:
     model = save_hf_model(tmp_path, "Qwen2", tie_word_embeddings=False)

@@ -5,6 +5,7 @@ Every check is also run against an engine with an injected bug, and must then fa
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,24 @@ def test_tokens_of_plain_decoding_in_float64(
         assert spec.num_accepted > 0 or (drafter == "random" and temperature == 0)
         if drafter == "oracle" and depth > 1:
             assert spec.accept_length > 1.5
+
+
+@pytest.mark.parametrize("rule", ["coupled", "rejection", "target_only"])
+def test_reduced_draft_vocabulary(pair64: tuple[Decoder, Eagle3], rule: str) -> None:
+    """A draft that proposes from every third token only: greedy and coupled tokens stay, and drafts are accepted."""
+    decoder, whole = pair64
+    sizes = dataclasses.replace(whole.config, draft_vocab_size=14)
+    draft = Eagle3(sizes, seed=3, target_ids=torch.arange(0, 40, 3)).double()
+    with torch.no_grad():
+        draft.lm_head.weight.mul_(10.0)
+    for temperature in (0.0, 1.0):
+        requests = make_requests(temperature=temperature)
+        plain = run_engine(make_engine(decoder, verify_rule=rule), requests)
+        samples = run_engine(make_engine(decoder, draft, verify_rule=rule), requests)
+        if rule == "coupled" or temperature == 0:
+            assert tokens_of(samples) == tokens_of(plain)
+        if temperature > 0:
+            assert total_spec(samples).num_accepted > 0
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
