@@ -14,6 +14,7 @@ from rollout_engine.drafting import EagleDrafter
 from rollout_engine.kv_cache import KVCache, KVView
 
 _MAX_PADDED_TOKENS = 8192  # of one prefill forward
+_AHEAD_TOKENS = 1024  # of prompts that are computed before their turn, since a few short ones cost as much as one
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,14 +53,29 @@ class PrefixCache:
         self._prefixes.clear()
 
     def take(self, prompts: Sequence[tuple[int, ...]]) -> list[Prefix]:
-        """The prefix of every prompt, one `release` each. Those not known yet are computed together, padded."""
+        """The prefix of every prompt, one `release` each. Those not known yet, and a few of the next, are computed."""
         unknown = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._prefixes]
+        if unknown:
+            unknown += self._next_ones(set(unknown))
         for batch in _batches(sorted(unknown, key=len)):
             self._prefixes.update(zip(batch, self._compute(batch), strict=True))
         prefixes = [self._prefixes[prompt] for prompt in prompts]
         for prompt in prompts:
             self.release(prompt)
         return prefixes
+
+    def _next_ones(self, taken: set[tuple[int, ...]]) -> list[tuple[int, ...]]:
+        """Prompts that wait, in their order, up to the budget."""
+        ahead: list[tuple[int, ...]] = []
+        left = _AHEAD_TOKENS
+        for prompt in self._waiting:
+            if prompt in taken or prompt in self._prefixes:
+                continue
+            left -= len(prompt)
+            if left < 0:
+                break
+            ahead.append(prompt)
+        return ahead
 
     def _compute(self, prompts: Sequence[tuple[int, ...]]) -> list[Prefix]:
         decoder, config = self._decoder, self._decoder.config

@@ -70,9 +70,15 @@ def expected_tokens(acceptance: Sequence[float], depth: int) -> float:
     return tokens
 
 
-def choose_depth(table: CostTable, batch: int, acceptance: Sequence[float], max_depth: int) -> int:
-    """The depth 0 .. max_depth with the most expected tokens per second; the smallest of equals."""
+def choose_depth(
+    table: CostTable, batch: int, acceptance: Sequence[float], max_depth: int, min_gain: float = 1.0
+) -> int:
+    """The depth 0 .. max_depth with the most expected tokens per second; the smallest of equals.
+
+    Any depth above 0 has to promise `min_gain` times the speed of plain decoding.
+    """
     speeds = [expected_tokens(acceptance, depth) / table.seconds(batch, depth) for depth in range(max_depth + 1)]
+    speeds[0] *= min_gain
     return speeds.index(max(speeds))
 
 
@@ -142,6 +148,7 @@ class AcceptanceTracker:
 _FIRST_PROBE = 32  # plain steps before the first probe; the pause doubles with each probe that changes nothing
 _LAST_PROBE = 1024
 _PROBE_ROWS = 4
+_MIN_GAIN = 1.05  # what the table leaves out, and errors of its figures, must not turn a promised gain into a loss
 _NEW_WEIGHTS_FADE = 0.25  # how much old acceptance says about new weights
 
 
@@ -164,7 +171,7 @@ class DepthController:
         """For the next step of `batch` rows."""
         if self.table is None:
             return SpecPlan(self._max_depth, batch)
-        depth = choose_depth(self.table, batch, self._tracker.rates(), self._max_depth)
+        depth = choose_depth(self.table, batch, self._tracker.rates(), self._max_depth, _MIN_GAIN)
         if depth > 0:
             self._num_plain_steps, self._probe_after = 0, _FIRST_PROBE
             return SpecPlan(depth, batch)

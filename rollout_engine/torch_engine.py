@@ -99,10 +99,14 @@ class TorchEngine:
         check_requests(pending, self._context_length, has_detokenizer=self._detokenize is not None)
         self._require_free()
         self._require_clean()
-        if self._max_depth > 0 and self._config.controller == "adaptive" and self._controller.table is None:
-            self._controller.table = self.measure_costs()
+        self.warm_up()
         self._pending = pending
         return self._generate(pending)
+
+    def warm_up(self) -> None:
+        """Measure step costs if the controller needs them and has none. `generate` does it too, on its own time."""
+        if self._max_depth > 0 and self._config.controller == "adaptive" and self._controller.table is None:
+            self._controller.table = self.measure_costs()
 
     @property
     def controller(self) -> DepthController:

@@ -43,6 +43,8 @@ def test_choose_depth_equals_brute_force() -> None:
         index = rng.randrange(4)
         speeds = [brute_force_tokens(acceptance, d) / table.step_s[index][d] for d in range(5)]
         assert choose_depth(table, batches[index], acceptance, 4) == max(range(5), key=lambda d: speeds[d])
+        chosen = choose_depth(table, batches[index], acceptance, 4, min_gain=1.2)
+        assert chosen == (max(range(5), key=lambda d: speeds[d]) if max(speeds) > 1.2 * speeds[0] else 0)
         assert expected_tokens(acceptance, 4) == pytest.approx(brute_force_tokens(acceptance, 4))
 
 

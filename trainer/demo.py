@@ -13,7 +13,7 @@ from trainer.make_model import MakeModelConfig, provenance
 from trainer.make_model_progress import make_model_with_progress
 
 RECIPE = Path(__file__).resolve().parent.parent / "recipes" / "demo.toml"
-TASK, WARM_START_STEPS = "repeat", 360
+TASK, WARM_START_STEPS = "repeat", 450
 
 
 def demo_config(overrides: Sequence[Override]) -> RunConfig:

@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 def train(run: Run) -> None:
     """Run every step from `run.next_step` on; leaves checkpoints, metrics, and at the end policy and draft."""
     sync_weights(run, run.next_step)
+    if run.engine is not None:
+        with run.clock("warm_up"):
+            run.engine.warm_up()
     for step in range(run.next_step, run.config.num_rollout):
         rollout = from_rank_zero(lambda step=step: roll_out(run, step))
         samples, policy_metrics, captured = update_policy(run, rollout)

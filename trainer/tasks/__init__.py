@@ -14,7 +14,7 @@ TASKS: dict[str, Task] = {
     for task in (
         Task("sort", "sort letters in ascending order", draw_sort),
         Task("reverse", "say a list of words backwards", draw_reverse),
-        Task("repeat", "say a phrase n times, counting down", draw_repeat, mistake_rate=0.05),
+        Task("repeat", "say a phrase n times, counting down", draw_repeat),
         Task("count", "count upwards in steps, modulo 100", draw_count),
     )
 }
