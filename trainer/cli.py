@@ -255,6 +255,7 @@ def _add_make_model(commands, name: str) -> None:
     add("--warm-start-steps", type=int, default=0, metavar="N", help="supervised steps; 0 = random weights")
     add("--warm-start-seconds", type=float, default=0.0, metavar="S", help="the same, bounded in time instead")
     add("--eps-residual", type=float, default=1.0, metavar="E", help="scale of the output projections from layer 2 on")
+    add("--embed-scale", type=float, default=1.0, metavar="S", help="scale of the embedding against the layers")
     add("--logit-scale", type=float, default=1.0, metavar="S", help="scale of the last norm: sharpens random weights")
     parser.set_defaults(known=[action.option_strings[-1] for action in parser._actions])
 
@@ -265,7 +266,7 @@ def _make_model(namespace: argparse.Namespace, rest: list[str]) -> int:
     from trainer.make_model_progress import make_model_with_progress
 
     names = ("out", "size", "task", "seed", "model_type", "tie_word_embeddings", "context_length", "warm_start_steps")
-    values = {name: getattr(namespace, name) for name in (*names, "eps_residual", "logit_scale")}
+    values = {name: getattr(namespace, name) for name in (*names, "eps_residual", "embed_scale", "logit_scale")}
     make_model_with_progress(MakeModelConfig(**values, warm_start_s=namespace.warm_start_seconds))
     return 0
 

@@ -79,6 +79,7 @@ class MakeModelConfig:
     batch_size: int = 32
     lr: float = 3e-3
     eps_residual: float = 1.0  # scale of o_proj and down_proj in layers >= 2
+    embed_scale: float = 1.0  # scale of the embedding: larger, and the residual branches weigh less against it
     logit_scale: float = 1.0  # scale of the last norm: random weights alone give nearly uniform laws
     num_train_prompts: int = 4096
     num_eval_prompts: int = 128
@@ -184,6 +185,7 @@ def build(config: MakeModelConfig, tokenizer: PreTrainedTokenizerFast) -> PreTra
         for layer in model.model.layers[2:]:
             layer.self_attn.o_proj.weight.mul_(config.eps_residual)
             layer.mlp.down_proj.weight.mul_(config.eps_residual)
+        model.model.embed_tokens.weight.mul_(config.embed_scale)
         model.model.norm.weight.mul_(config.logit_scale)
     return model
 
