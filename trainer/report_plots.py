@@ -51,6 +51,8 @@ STYLE = {
     "axes.facecolor": "none",
 }
 
+SMOOTHED_STEPS = 5  # of the reward's mean
+
 
 def series(lines: Lines, key: str) -> tuple[list[int], list[Any]]:
     """Steps that have the metric, and its values there."""
@@ -107,9 +109,17 @@ def line(axes: Axes, xy: tuple[Sequence[float], Sequence[float]], label: str, co
     return True
 
 
+def trailing_mean(values: Sequence[float], width: int) -> list[float]:
+    """Mean of the last `width` values at each place, of fewer at the start: prompts differ in difficulty."""
+    windows = (values[max(0, i + 1 - width) : i + 1] for i in range(len(values)))
+    return [sum(window) / len(window) for window in windows]
+
+
 def reward(lines: Lines) -> Figure | None:
     figure, axes = new_axes("reward")
-    drawn = line(axes, series(lines, "reward"), "mean reward of the step's samples", SERIES[0])
+    steps, rewards = series(lines, "reward")
+    drawn = line(axes, (steps, rewards), "mean reward of the step's samples", SERIES[0], linewidth=1.0, alpha=0.45)
+    line(axes, (steps, trailing_mean(rewards, SMOOTHED_STEPS)), f"mean of {SMOOTHED_STEPS} steps", SERIES[0])
     drawn |= line(axes, series(lines, "eval_reward"), "evaluation (greedy)", SERIES[1], marker="o", linestyle="--")
     legend(axes)
     return figure if drawn else None
