@@ -28,6 +28,7 @@ from rollout_engine.sampling import Proposal, RowSampling
 from rollout_engine.speculation import CostTable, DepthController, SpecPlan, measure_steps
 from rollout_engine.stopping import Detokenize, kept_before_stop
 from rollout_engine.types import EngineError, FinishReason, RolloutRequest, Sample
+from sync.plan import SyncError
 from sync.receiver import WeightReceiver
 
 _MEASURED_LENGTH = 64  # tokens of the rows that cost measurements decode
@@ -165,10 +166,12 @@ class TorchEngine:
             while pending or self._rows:
                 self._require_clean()
                 self._follow_weights()
-                yield from self._take_aborted()
-                yield from self._admit()
+                # The consumer may send weights whenever it holds a sample: none is handed out before the step is over,
+                # so that a step never runs on other weights than those checked and followed just above.
+                finished = self._take_aborted() + self._admit()
                 if self._rows:
-                    yield from self._step()
+                    finished += self._step()
+                yield from finished
         finally:
             for request in pending:
                 self._prefixes.release(request.prompt_ids)
@@ -351,10 +354,10 @@ class TorchEngine:
             raise EngineError("generate() was called while another generate() of this engine is still being read")
 
     def _require_clean(self) -> None:
-        if self._receiver.dirty:
-            raise EngineError(
-                "the engine's weights are a mixture of versions: sync a complete version before generating"
-            )
+        try:
+            self._receiver.require_clean()
+        except SyncError as error:
+            raise EngineError(str(error)) from error
 
 
 @dataclass(frozen=True, slots=True)
