@@ -1,5 +1,6 @@
-"""Hugging Face folders without Transformers: config.json and safetensors, read by hand.
+"""Hugging Face folders without Transformers: config.json and safetensors, read by hand and one tensor at a time.
 
+The only reader of policies: what the trainer loads, the engine loads too.
 `CheckpointError` is one line: which file or tensor, what was expected, how to mend it.
 """
 
@@ -14,8 +15,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-INDEX_NAME = "model.safetensors.index.json"
-SINGLE_NAME = "model.safetensors"
+_INDEX_NAME = "model.safetensors.index.json"
+_SINGLE_NAME = "model.safetensors"
 
 
 class CheckpointError(ValueError):
@@ -102,6 +103,37 @@ def _refuse_unsupported(config: Mapping[str, Any], where: str) -> None:
         raise CheckpointError(f"{where}: quantized checkpoints are not supported; save the model unquantized")
 
 
+def tensor_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor that a checkpoint of this model holds; a tied one has no lm_head of its own."""
+    hidden, q_size, kv_size = config.hidden_size, config.q_size, config.kv_size
+    layer: dict[str, tuple[int, ...]] = {
+        "input_layernorm.weight": (hidden,),
+        "self_attn.q_proj.weight": (q_size, hidden),
+        "self_attn.k_proj.weight": (kv_size, hidden),
+        "self_attn.v_proj.weight": (kv_size, hidden),
+        "self_attn.o_proj.weight": (hidden, q_size),
+        "post_attention_layernorm.weight": (hidden,),
+        "mlp.gate_proj.weight": (config.intermediate_size, hidden),
+        "mlp.up_proj.weight": (config.intermediate_size, hidden),
+        "mlp.down_proj.weight": (hidden, config.intermediate_size),
+    }
+    if config.qk_norm:
+        layer |= {f"self_attn.{name}_norm.weight": (config.head_dim,) for name in "qk"}
+    if config.qkv_bias:
+        layer |= {f"self_attn.{name}_proj.bias": layer[f"self_attn.{name}_proj.weight"][:1] for name in "qkv"}
+    if config.o_bias:
+        layer["self_attn.o_proj.bias"] = (hidden,)
+    shapes: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (config.vocab_size, hidden),
+        "model.norm.weight": (hidden,),
+    }
+    if not config.tied:
+        shapes["lm_head.weight"] = (config.vocab_size, hidden)
+    for index in range(config.num_layers):
+        shapes |= {f"model.layers.{index}.{name}": shape for name, shape in layer.items()}
+    return shapes
+
+
 def read_config(directory: Path) -> dict[str, Any]:
     """config.json of a checkpoint folder as a dictionary. Raises CheckpointError."""
     if not directory.is_dir():
@@ -109,55 +141,92 @@ def read_config(directory: Path) -> dict[str, Any]:
     return _read_json(directory / "config.json")
 
 
+class CheckpointReader:
+    """The tensors of a folder by name. Opening reads the files' headers; `read` maps in one tensor."""
+
+    def __init__(self, directory: Path) -> None:
+        """Raises CheckpointError when weights are missing or a file is corrupt."""
+        self._directory = directory
+        self._file_of: dict[str, tuple[Path, Any]] = {}
+        for path in _weight_files(directory):
+            try:
+                file = safe_open(path, framework="pt")
+            except (OSError, SafetensorError) as error:
+                raise CheckpointError(f"{path}: not a readable safetensors file ({error}); copy it again") from error
+            self._file_of |= dict.fromkeys(file.keys(), (path, file))
+
+    def read(self, name: str) -> torch.Tensor:
+        """Raises CheckpointError when the folder lacks the tensor."""
+        if name not in self._file_of:
+            raise CheckpointError(f"{self._directory}: tensor {name} is missing from the checkpoint")
+        tensor: torch.Tensor = self._file_of[name][1].get_tensor(name)
+        return tensor
+
+    def check(self, shapes: Mapping[str, tuple[int, ...]], ignored: frozenset[str] = frozenset()) -> None:
+        """Raises CheckpointError unless the folder holds exactly these tensors.
+
+        Names in `ignored`, and old Llama rotary buffers, may be present. Any other tensor would be left out of the
+        computation without a word: a bias that config.json does not announce, for one.
+        """
+        for name, (path, file) in self._file_of.items():
+            if name in shapes:
+                found = file.get_slice(name).get_shape()
+                if tuple(found) != shapes[name]:
+                    raise CheckpointError(
+                        f"{path}: tensor {name} has shape {found}, config.json asks for {list(shapes[name])}"
+                    )
+            elif name not in ignored and not name.endswith("rotary_emb.inv_freq"):
+                raise CheckpointError(f"{path}: tensor {name} does not belong to the model that config.json describes")
+        missing = sorted(shapes.keys() - self._file_of.keys())
+        if missing:
+            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+            raise CheckpointError(f"{self._directory}: tensor {missing[0]}{more} is missing from the checkpoint")
+
+
+def open_policy(directory: Path) -> CheckpointReader:
+    """A reader of a folder whose tensors are those that its config.json describes. Raises CheckpointError."""
+    config = decoder_config(read_config(directory), str(directory / "config.json"))
+    reader = CheckpointReader(directory)
+    reader.check(tensor_shapes(config), frozenset({"lm_head.weight"} if config.tied else ()))
+    return reader
+
+
 def load_tensors(directory: Path, destinations: Mapping[str, torch.Tensor], ignored: frozenset[str]) -> None:
-    """Copy every tensor of the folder into the destination of its name.
+    """Copy every tensor of the folder into the destination of its name, after a check of all of them.
 
     Raises CheckpointError for a missing or corrupt file and a missing, extra or wrong-shape tensor;
     names in `ignored`, and old Llama rotary buffers, may be present.
     """
-    found: set[str] = set()
-    for path in _files(directory):
-        if not path.is_file():
-            raise CheckpointError(f"{path}: missing, but listed in {INDEX_NAME}; copy the checkpoint again")
-        try:
-            with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118 (not a dictionary)
-                    if name not in ignored and not name.endswith("rotary_emb.inv_freq"):
-                        _copy(name, file.get_tensor(name), destinations, path)
-                        found.add(name)
-        except SafetensorError as error:
-            raise CheckpointError(f"{path}: not a readable safetensors file ({error}); copy it again") from error
-    missing = sorted(destinations.keys() - found)
-    if missing:
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise CheckpointError(f"{directory}: tensor {missing[0]}{more} is missing from the checkpoint")
+    reader = CheckpointReader(directory)
+    reader.check({name: tuple(tensor.shape) for name, tensor in destinations.items()}, ignored)
+    for name, destination in destinations.items():
+        destination.copy_(reader.read(name))
 
 
-def _copy(name: str, source: torch.Tensor, destinations: Mapping[str, torch.Tensor], path: Path) -> None:
-    destination = destinations.get(name)
-    if destination is None:
-        raise CheckpointError(f"{path}: tensor {name} does not belong to the model that config.json describes")
-    if source.shape != destination.shape:
-        raise CheckpointError(
-            f"{path}: tensor {name} has shape {list(source.shape)}, config.json asks for {list(destination.shape)}"
-        )
-    destination.copy_(source)
-
-
-def _files(directory: Path) -> list[Path]:
-    index = directory / INDEX_NAME
+def _weight_files(directory: Path) -> list[Path]:
+    index = directory / _INDEX_NAME
     if index.is_file():
-        return [directory / name for name in sorted(set(_read_json(index)["weight_map"].values()))]
-    single = directory / SINGLE_NAME
+        try:
+            files = [directory / name for name in sorted(set(_read_json(index)["weight_map"].values()))]
+        except (LookupError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{index}: not an index of safetensors files ({error!r})") from error
+        for path in files:
+            if not path.is_file():
+                raise CheckpointError(f"{path}: missing, but listed in {_INDEX_NAME}; copy the checkpoint again")
+        return files
+    single = directory / _SINGLE_NAME
     if not single.is_file():
-        raise CheckpointError(f"{directory}: neither {SINGLE_NAME} nor {INDEX_NAME}; save the model as safetensors")
+        raise CheckpointError(f"{directory}: neither {_SINGLE_NAME} nor {_INDEX_NAME}; save the model as safetensors")
     return [single]
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: missing; expected a Hugging Face checkpoint") from error
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # not JSON, or not even text
         raise CheckpointError(f"{path}: not JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: holds {type(content).__name__}, expected a JSON object")
+    return content

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from draft_models.layers import BATCH_INVARIANT, FAST, Numerics
 from rollout_engine.decoder import Decoder
-from rollout_engine.hf_checkpoint import CheckpointError
+from rollout_engine.hf_checkpoint import CheckpointError, open_policy, tensor_shapes
 from rollout_engine.kv_cache import KVCache
 from tests.rollout_engine_helpers import save_hf_model
 
@@ -64,7 +64,9 @@ def test_logits_and_hidden_states_equal_transformers(name: str, tmp_path: Path) 
     assert (len(list(tmp_path.glob("*.safetensors"))) > 1) == ("sharded" in name)
     tokens = torch.randint(0, 40, (2, 30), generator=torch.Generator().manual_seed(1))
     want = model(tokens, output_hidden_states=True)
-    logits, aux = run(Decoder.from_hf(tmp_path, torch.float32), tokens)
+    decoder = Decoder.from_hf(tmp_path, torch.float32)
+    assert tensor_shapes(decoder.config) == {key: tuple(t.shape) for key, t in decoder.named_tensors().items()}
+    logits, aux = run(decoder, tokens)
     torch.testing.assert_close(logits, want.logits, atol=1e-4, rtol=0)
     # Hugging Face's hidden_states[i] is the input of layer i.
     torch.testing.assert_close(aux, torch.cat(want.hidden_states[2:5], dim=-1), atol=1e-4, rtol=0)
@@ -187,6 +189,8 @@ BREAKAGES = {
     "no such folder": (lambda d: [p.unlink() for p in d.iterdir()] + [d.rmdir()], "no such folder"),
     "no config": (lambda d: (d / "config.json").unlink(), "config.json: missing"),
     "config not JSON": (lambda d: (d / "config.json").write_text("{"), "config.json: not JSON"),
+    "config not an object": (lambda d: (d / "config.json").write_text("[]"), "config.json: holds list"),
+    "not an index": (lambda d: (d / "model.safetensors.index.json").write_text("{}"), "index.json: not an index"),
     "no weights": (lambda d: (d / "model.safetensors").unlink(), "neither model.safetensors nor"),
     "cut off": (
         lambda d: (d / "model.safetensors").write_bytes((d / "model.safetensors").read_bytes()[:5000]),
@@ -214,3 +218,6 @@ def test_a_bad_checkpoint_is_one_clear_line(name: str, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=message) as caught:
         Decoder.from_hf(directory, torch.float32)
     assert "\n" not in str(caught.value)
+    if name != "unknown rope":  # which Megatron's own settings refuse
+        with pytest.raises(CheckpointError, match=message):
+            open_policy(directory)
