@@ -131,6 +131,18 @@ def test_written_lines_are_read_back_and_appear_in_tensorboard(tmp_path: Path):
     assert events.Scalars("accept_rate_by_position/1")[0].value == 0.25
 
 
+def test_a_run_resumed_from_its_start_hides_what_the_dead_one_left(tmp_path: Path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for resumed_at, rewards in ((None, (0.1, 0.2)), (0, (0.3,))):
+        writer = m.MetricsWriter(tmp_path, resumed_at)
+        for step, reward in enumerate(rewards):
+            writer.write(m.step_line(step, {"reward": reward}))
+        writer.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [event.value for event in events.Scalars("reward")] == pytest.approx([0.3])
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -33,6 +33,8 @@ _STEP_FOLDER = re.compile(r"step_\d{6,}")
 # A failed write or read; torch reports its own as RuntimeError, a state that does not fit as one of the others.
 _FAILURES = (OSError, RuntimeError, ValueError, LookupError, EOFError, pickle.UnpicklingError)
 
+_OLDER = "remove the folder to resume from the one before"
+
 State = dict[str, Any]
 
 
@@ -149,12 +151,20 @@ def load_checkpoint(folder: Path, parts: Sequence[Part]) -> tuple[int, dict[str,
     in the checkpoint, or when another number of ranks wrote it.
     """
     unreadable = f"checkpoint {folder} cannot be loaded"
-    mend = "remove the folder to resume from the one before"
     manifest: dict[str, Any] = {}
-    _on_all_ranks(lambda: manifest.update(_read_manifest(folder, parts)), unreadable, mend)
+    _on_all_ranks(lambda: manifest.update(_read_manifest(folder, parts)), unreadable, _OLDER)
     for part in parts:
-        _on_all_ranks(partial(part.load, folder / part.name), f"{unreadable} ({part.name})", mend)
+        _on_all_ranks(partial(part.load, folder / part.name), f"{unreadable} ({part.name})", _OLDER)
     return manifest["step"], manifest["counters"]
+
+
+def read_counters(folder: Path) -> dict[str, Any]:
+    """The counters of a checkpoint, before anything of it is loaded. Raises CheckpointError."""
+    try:
+        counters: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["counters"]
+    except (OSError, ValueError, LookupError) as error:
+        raise CheckpointError(f"checkpoint {folder} cannot be loaded: {error}; {_OLDER}") from error
+    return counters
 
 
 def _on_all_ranks(action: Callable[[], None], failed: str, mend: str) -> None:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from trainer.config import RunConfig
-from trainer.run import Inputs, make_draft, read_inputs
-from trainer.run_dir import check_run_dir
+from trainer.run import Inputs, check_folder, make_draft, read_inputs
 from trainer.toml_writer import to_toml
 
 
 def dry_run(config: RunConfig) -> int:
     """Print the resolved recipe and what the run would do. `ConfigError` for whatever the run would refuse."""
-    run = check_run_dir(config)
+    run = check_folder(config)
     inputs = read_inputs(config)
     make_draft(config, inputs)
     print(to_toml(config))

@@ -232,14 +232,14 @@ def scalars(line: Mapping[str, Any]) -> dict[str, float]:
 class MetricsWriter:
     """Appends each line to `metrics.jsonl`, flushed, and the same numbers to TensorBoard event files.
 
-    `first_step` > 0 (a resumed run) hides events of an earlier life of the run from that step on.
+    `resumed_at` hides the events that an earlier life of the run left from that step on; None: it is the first life.
     """
 
-    def __init__(self, run_dir: Path, first_step: int = 0):
+    def __init__(self, run_dir: Path, resumed_at: int | None = None):
         from torch.utils.tensorboard import SummaryWriter  # slow to import, and only writers need it
 
         self._file = (run_dir / METRICS_FILE).open("a", encoding="utf-8")
-        self._events = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step or None)
+        self._events = SummaryWriter(str(run_dir / "tensorboard"), purge_step=resumed_at)
 
     def write(self, line: Mapping[str, Any]) -> None:
         self._file.write(json.dumps(line, allow_nan=False) + "\n")

@@ -18,7 +18,15 @@ from rollout_engine.types import SamplingParams
 from sync.inprocess import InProcessTransport
 from sync.publish import SyncReport
 from trainer import loop
-from trainer.checkpoint import Part, latest_checkpoint, load_checkpoint, rng_part, save_checkpoint, shared_part
+from trainer.checkpoint import (
+    Part,
+    latest_checkpoint,
+    load_checkpoint,
+    read_counters,
+    rng_part,
+    save_checkpoint,
+    shared_part,
+)
 from trainer.collective import from_rank_zero
 from trainer.config import ConfigError, RunConfig
 from trainer.data import DataPosition, Prompt, PromptData, load_prompts
@@ -29,6 +37,7 @@ from trainer.megatron_policy import CaptureSpec, MegatronPolicy
 from trainer.metrics import MetricsWriter, PhaseClock, read_metrics
 from trainer.progress import Progress
 from trainer.report import write_report
+from trainer.resume_check import check_resumed, flat_settings
 from trainer.rewards import Reward, load_reward
 from trainer.rollouts import Rollout
 from trainer.run_dir import RunDir, check_run_dir, cut_metrics, make_run_dir
@@ -129,7 +138,10 @@ class Run:
 
     def save_checkpoint(self) -> None:
         with self.clock("checkpoint"):
-            counters = {"position": {"epoch": self.position.epoch, "index": self.position.index}}
+            counters = {
+                "position": {"epoch": self.position.epoch, "index": self.position.index},
+                "settings": flat_settings(self.config),
+            }
             save_checkpoint(self.directory.checkpoints, self.next_step, self.parts(), counters)
 
     def restore(self) -> None:
@@ -146,6 +158,15 @@ class Run:
         self.policy.save_hf(self.directory.policy)
         if self.learner is not None and rank() == world_size() - 1:
             save_draft(self.learner.draft, self.directory.draft)
+
+
+def check_folder(config: RunConfig) -> RunDir:
+    """The run's folder, yet to be made; ConfigError when it is taken, or holds a run with other settings to resume."""
+    directory = check_run_dir(config)
+    newest = latest_checkpoint(directory.checkpoints)
+    if newest is not None:
+        check_resumed(read_counters(newest)["settings"], config)
+    return directory
 
 
 def read_inputs(config: RunConfig) -> Inputs:
@@ -193,7 +214,7 @@ def _draft_vocabulary(sizes: Eagle3Config, inputs: Inputs) -> torch.Tensor | Non
 def build_run(config: RunConfig) -> Run:
     """Read the inputs, then build every part on this rank. ConfigError before anything is written."""
     device = init_distributed()
-    check_run_dir(config)
+    check_folder(config)
     inputs = read_inputs(config)
     draft = make_draft(config, inputs)
     policy = MegatronPolicy(
@@ -236,8 +257,9 @@ def train(config: RunConfig) -> int:
         loop.train(run)
         return 0
     done = read_metrics(run.directory.metrics_file) if run.next_step else []
+    resumed_at = run.next_step if config.resume else None
     with Progress(config.num_rollout, str(run.directory.path), lines=done) as progress:
-        run.progress, run.writer = progress, MetricsWriter(run.directory.path, run.next_step)
+        run.progress, run.writer = progress, MetricsWriter(run.directory.path, resumed_at)
         loop.train(run)
         run.writer.close()
     progress.print_summary()
