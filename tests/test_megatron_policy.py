@@ -189,6 +189,13 @@ def test_chosen_samples_lie_evenly():
     assert all(any(i in chosen for i in range(start, start + 20)) for start in range(0, 100, 20))
 
 
+def test_the_end_of_the_budget_is_not_filled_with_short_samples():
+    num_bytes = {i: 9 if i % 2 else 1 for i in range(200)}
+    chosen = [i for turn in range(40) for i in choose_captured(num_bytes, 40, turn)]
+    assert 0.35 < sum(i % 2 for i in chosen) / len(chosen) < 0.6
+    assert choose_captured({0: 5, 1: 3}, 4, turn=0) == {1}  # one that alone is too large does not keep out all others
+
+
 def test_recompute_takes_the_same_step(checkpoint):
     plain, recomputed = make_policy(checkpoint), make_policy(checkpoint, replace(CONFIG, recompute=True))
     a, b = plain.update(rollout(), CAPTURE), recomputed.update(rollout(), CAPTURE)

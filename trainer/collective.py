@@ -19,8 +19,8 @@ class RemoteError(RuntimeError):
 def from_rank_zero(action: Callable[[], T]) -> T:
     """Run `action` on rank 0 and give every rank its result. Collective.
 
-    A ValueError or RuntimeError of rank 0 (bad input, a failed reward, an engine error) is raised there, and as
-    RemoteError elsewhere, so that no rank waits for one that has gone.
+    A ValueError, RuntimeError or OSError of rank 0 (bad input, a failed reward, an engine error, a full disk) is raised
+    there, and as RemoteError elsewhere, so that no rank waits for one that has gone.
     """
     if world_size() == 1:
         return action()
@@ -28,7 +28,7 @@ def from_rank_zero(action: Callable[[], T]) -> T:
         return _receive()
     try:
         result = action()
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, RuntimeError, OSError) as error:
         dist.broadcast_object_list([None, f"{type(error).__name__}: {error}"], src=0)
         raise
     dist.broadcast_object_list([result, None], src=0)

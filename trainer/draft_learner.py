@@ -42,17 +42,18 @@ def plan_updates(samples: Sequence[Sample], config: DraftConfig, seed: int, step
     """Which samples each of this rollout's optimizer steps learns from: disjoint, random, within the token budget.
 
     A pure function of what every rank knows, so that ranks agree whoever holds a sample. Samples are taken in a
-    shuffled order, dealt round-robin, and a part takes none beyond `max_tokens_per_update` (but always one).
+    shuffled order and dealt round-robin. A part ends at the first one that would go beyond `max_tokens_per_update`
+    (but has always one): going on to those that still fit would fill its end with short ones.
     """
     order = sorted(samples, key=lambda s: (request_seed(seed, step, *s.request.key), s.request.key))
     parts: list[list[Key]] = [[] for _ in range(config.updates_per_step)]
-    tokens = [0] * config.updates_per_step
-    for index, sample in enumerate(order):
-        part = index % config.updates_per_step
-        length = len(sample.request.prompt_ids) + len(sample.token_ids)
-        if not parts[part] or tokens[part] + length <= config.max_tokens_per_update:
-            parts[part].append(sample.request.key)
-            tokens[part] += length
+    for number, part in enumerate(parts):
+        left = config.max_tokens_per_update
+        for sample in order[number :: config.updates_per_step]:
+            left -= len(sample.request.prompt_ids) + len(sample.token_ids)
+            if part and left < 0:
+                break
+            part.append(sample.request.key)
     return [frozenset(part) for part in parts if part]
 
 
@@ -170,7 +171,8 @@ class DraftLearner:
             dist.all_reduce(flat, group=self._group)
             for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
                 gradient.copy_(part.view_as(gradient))
-        return float(torch.nn.utils.clip_grad_norm_(self.draft.parameters(), self.config.clip_grad))
+        largest = self.config.clip_grad or math.inf  # 0 = no clipping, as for the policy
+        return float(torch.nn.utils.clip_grad_norm_(self.draft.parameters(), largest))
 
     def _all_reduce(self, sums: torch.Tensor) -> None:
         if self._group is not None and self._group.size() > 1:

@@ -18,7 +18,8 @@ from sync.publish import SyncReport, publish
 from trainer import metrics
 from trainer.advantages import drop_groups_without_signal, with_advantages
 from trainer.collective import from_last_rank, from_rank_zero
-from trainer.draft_learner import plan_updates
+from trainer.distributed import first_message
+from trainer.draft_learner import DraftUpdateError, plan_updates
 from trainer.rollouts import Rollout, evaluate, generate, make_requests, score
 
 if TYPE_CHECKING:
@@ -74,18 +75,34 @@ def update_policy(run: Run, rollout: Rollout) -> tuple[list[Sample], dict[str, A
 
 
 def update_draft(run: Run, step: int, samples: Sequence[Sample], captured: list[Any]) -> dict[str, Any]:
-    """The draft's optimizer steps on what the policy's forward captured; metrics are the same on every rank."""
-    if run.capture is None or not samples:
+    """The draft's optimizer steps on what the policy's forward captured; metrics are the same on every rank.
+
+    Raises DraftUpdateError on every rank when one refuses its step.
+    """
+    if run.capture is None:
         return {}
     draft_metrics: dict[str, Any] = {}
     with run.clock("draft"):
-        if run.learner is not None:
-            plan = plan_updates(samples, run.config.draft, run.config.seed, step)
-            train_now = run.config.draft.train
-            draft_metrics = run.learner.update(captured, plan) if train_now else run.learner.score(captured, plan)
-            if step + 1 == run.config.frozen_draft_step:
-                run.learner.freeze_copy()
-        return from_last_rank(draft_metrics)
+        if samples:
+            draft_metrics = _learn_or_raise_together(run, step, samples, captured)
+        if run.learner is not None and step + 1 == run.config.frozen_draft_step:
+            run.learner.freeze_copy()
+    return draft_metrics
+
+
+def _learn_or_raise_together(run: Run, step: int, samples: Sequence[Sample], captured: list[Any]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    refused: DraftUpdateError | None = None
+    if run.learner is not None:
+        plan = plan_updates(samples, run.config.draft, run.config.seed, step)
+        try:
+            found = run.learner.update(captured, plan) if run.config.draft.train else run.learner.score(captured, plan)
+        except DraftUpdateError as error:
+            refused = error
+    message = first_message(None if refused is None else str(refused))
+    if message is not None:  # ranks without a learner would wait for metrics that never come
+        raise DraftUpdateError(message) from refused
+    return from_last_rank(found)
 
 
 def sync_weights(run: Run, version: int) -> SyncReport:
@@ -99,13 +116,18 @@ def sync_weights(run: Run, version: int) -> SyncReport:
 
 
 def after_step(run: Run, step: int) -> dict[str, Any]:
-    """Greedy evaluation with the new weights, when due (rank 0)."""
+    """Greedy evaluation with the new weights, when due (rank 0).
+
+    The depth controller forgets it: greedy acceptance says little about the next rollout's.
+    """
     interval = run.config.eval_interval
     if not (interval and run.eval_prompts and (step + 1) % interval == 0):
         return {}
     with run.clock("eval"):
-        slots = run.config.rollout.max_running_requests
-        return evaluate(run.engine, run.eval_prompts, run.sampling, slots, run.reward)
+        slots, before = run.config.rollout.max_running_requests, run.engine.controller.state()
+        found = evaluate(run.engine, run.eval_prompts, run.sampling, slots, run.reward)
+        run.engine.controller.load_state(before)
+        return found
 
 
 def metrics_line(step: int, rollout: Rollout, *parts: dict[str, Any]) -> dict[str, Any]:

@@ -43,7 +43,8 @@ def draft_bytes_per_token(hidden_size: int, vocab_size: int, element_bytes: int)
 def choose_captured(num_bytes: Mapping[int, int], max_bytes: int, turn: int) -> frozenset[int]:
     """Samples to capture within the budget, spread over the batch and other ones at another `turn`.
 
-    They are tried in the order of the golden-ratio sequence, whose first n members lie evenly for every n.
+    They are taken in the order of the golden-ratio sequence, whose first n members lie evenly for every n, up to the
+    first one beyond the budget: going on to those that still fit would prefer short ones.
     """
     order = sorted(num_bytes, key=lambda i: ((i + 1 + turn) * _GOLDEN) % 1.0)
     chosen, left = [], max_bytes
@@ -51,6 +52,8 @@ def choose_captured(num_bytes: Mapping[int, int], max_bytes: int, turn: int) -> 
         if num_bytes[i] <= left:
             chosen.append(i)
             left -= num_bytes[i]
+        elif chosen:
+            break
     return frozenset(chosen)
 
 
