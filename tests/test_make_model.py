@@ -108,3 +108,20 @@ def test_an_existing_folder_is_kept(tmp_path):
     (tmp_path / "model").mkdir()
     with pytest.raises(ConfigError, match="exists already"):
         make_model(config_for(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("flag", "changes"),
+    [
+        ("--warm-start-steps", {"warm_start_steps": -3}),
+        ("--warm-start-seconds", {"warm_start_s": float("nan")}),
+        ("--eps-residual", {"eps_residual": float("nan")}),
+        ("--logit-scale", {"logit_scale": -1.0}),
+        ("--embed-scale", {"embed_scale": 0.0}),
+        ("--context-length", {"context_length": 3}),
+    ],
+)
+def test_impossible_numbers_are_refused(tmp_path, flag, changes):
+    with pytest.raises(ConfigError, match=flag):
+        make_model(config_for(tmp_path, **changes))
+    assert not (tmp_path / "model").exists()

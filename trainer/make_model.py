@@ -8,6 +8,7 @@ draft can follow: a synthetic subject for speed measurements, and labelled so in
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -37,6 +38,7 @@ CHAT_TEMPLATE = (
     "{% else %}{{ message.content | trim + '\\n' }}{% endif %}"
     "{% endfor %}"
 )
+MIN_CONTEXT = 128  # the longest prompt and its answer have about 100 tokens
 _VOCAB_MULTIPLE = 64  # so that the vocabulary divides over any small tensor-parallel size
 _BUCKET_BATCHES = 8  # batches drawn together and sorted by length, so that little of a batch is padding
 
@@ -133,6 +135,16 @@ def check(config: MakeModelConfig) -> None:
     get_task(config.task)
     if config.out.exists():
         raise ConfigError(f"--out {config.out} exists already; choose another folder or remove it")
+    for flag, value in (("--warm-start-steps", config.warm_start_steps), ("--warm-start-seconds", config.warm_start_s)):
+        if not 0 <= value < math.inf:
+            raise ConfigError(f"{flag} {value} must be 0 (none) or more")
+    for flag in ("eps_residual", "embed_scale", "logit_scale"):
+        if not 0 < getattr(config, flag) < math.inf:
+            raise ConfigError(f"--{flag.replace('_', '-')} {getattr(config, flag)} must be a positive number")
+    if config.context_length < MIN_CONTEXT:
+        raise ConfigError(
+            f"--context-length {config.context_length} does not hold the tasks' prompts; at least {MIN_CONTEXT}"
+        )
     if config.warm_start_steps and config.warm_start_s:
         raise ConfigError("--warm-start-steps and --warm-start-seconds exclude each other; give one")
 
