@@ -9,39 +9,45 @@ import torch
 from draft_models.eagle3 import Eagle3
 from rollout_engine.config import RolloutConfig
 from rollout_engine.hf_checkpoint import DecoderConfig
-from rollout_engine.types import RolloutRequest
+from rollout_engine.types import BadRequest, EngineConfigError, RolloutRequest
 
 _ALGORITHMS = ("EAGLE3", "NGRAM", "NONE")
 _RULES = ("rejection", "target_only", "coupled")
 
 
 def check_config(config: RolloutConfig, target: DecoderConfig, draft: Eagle3 | None, device: torch.device) -> None:
-    """Raise ValueError for settings that contradict themselves, the target, the draft or the device."""
+    """Raise EngineConfigError for settings that contradict themselves, the target, the draft or the device."""
     if config.batch_invariant and device.type != "cpu":
-        raise ValueError("rollout.batch_invariant = true holds on the CPU only: CUDA's products depend on the batch")
+        raise EngineConfigError(
+            "rollout.batch_invariant = true holds on the CPU only: CUDA's products depend on the batch"
+        )
     algorithm, depth = config.speculative_algorithm, config.speculative_num_steps
     if algorithm not in _ALGORITHMS:
-        raise ValueError(f"rollout.speculative_algorithm = {algorithm!r}: expected one of {', '.join(_ALGORITHMS)}")
+        raise EngineConfigError(
+            f"rollout.speculative_algorithm = {algorithm!r}: expected one of {', '.join(_ALGORITHMS)}"
+        )
     if config.verify_rule not in _RULES:
-        raise ValueError(f"rollout.verify_rule = {config.verify_rule!r}: expected one of {', '.join(_RULES)}")
+        raise EngineConfigError(f"rollout.verify_rule = {config.verify_rule!r}: expected one of {', '.join(_RULES)}")
     if config.controller not in ("adaptive", "fixed"):
-        raise ValueError(f"rollout.controller = {config.controller!r}: expected adaptive or fixed")
+        raise EngineConfigError(f"rollout.controller = {config.controller!r}: expected adaptive or fixed")
     if config.context_length > target.max_positions:
-        raise ValueError(
+        raise EngineConfigError(
             f"rollout.context_length = {config.context_length} is above the model's {target.max_positions} positions"
         )
     if config.max_running_requests < 1:
-        raise ValueError(f"rollout.max_running_requests = {config.max_running_requests}: at least 1 is needed")
+        raise EngineConfigError(f"rollout.max_running_requests = {config.max_running_requests}: at least 1 is needed")
     if algorithm == "NONE":
         return
     if depth < 1:
-        raise ValueError(
+        raise EngineConfigError(
             f"rollout.speculative_num_steps = {depth} with {algorithm}: at least 1, or speculative_algorithm = NONE"
         )
     if config.speculative_eagle_topk != 1:
-        raise ValueError(f"rollout.speculative_eagle_topk = {config.speculative_eagle_topk}: only chains (1) are built")
+        raise EngineConfigError(
+            f"rollout.speculative_eagle_topk = {config.speculative_eagle_topk}: only chains (1) are built"
+        )
     if config.speculative_num_draft_tokens not in (0, depth + 1):
-        raise ValueError(
+        raise EngineConfigError(
             f"rollout.speculative_num_draft_tokens = {config.speculative_num_draft_tokens}: "
             f"with topk 1 it is speculative_num_steps + 1 = {depth + 1}"
         )
@@ -51,29 +57,29 @@ def check_config(config: RolloutConfig, target: DecoderConfig, draft: Eagle3 | N
 
 def _check_draft(target: DecoderConfig, draft: Eagle3 | None) -> None:
     if draft is None:
-        raise ValueError("rollout.speculative_algorithm = EAGLE3 needs a draft model")
+        raise EngineConfigError("rollout.speculative_algorithm = EAGLE3 needs a draft model")
     sizes = draft.config
     if (sizes.hidden_size, sizes.vocab_size) != (target.hidden_size, target.vocab_size):
-        raise ValueError(
+        raise EngineConfigError(
             f"draft and policy do not fit: hidden size {sizes.hidden_size} and vocabulary {sizes.vocab_size} "
             f"against {target.hidden_size} and {target.vocab_size}"
         )
     if max(sizes.aux_layer_ids) >= target.num_layers:
-        raise ValueError(
+        raise EngineConfigError(
             f"draft and policy do not fit: layer {max(sizes.aux_layer_ids)} is to be captured, "
             f"the policy has layers 0 to {target.num_layers - 1}"
         )
 
 
 def check_requests(requests: Iterable[RolloutRequest], context_length: int, *, has_detokenizer: bool) -> None:
-    """Raise ValueError naming the first request that cannot be served."""
+    """Raise BadRequest naming the first request that cannot be served."""
     seen: set[tuple[int, int]] = set()
     for request in requests:
         fault = _fault(request, context_length, has_detokenizer)
         if request.key in seen:
             fault = "another request has the same ids"
         if fault is not None:
-            raise ValueError(f"request (prompt {request.prompt_id}, sample {request.sample_id}): {fault}")
+            raise BadRequest(f"request (prompt {request.prompt_id}, sample {request.sample_id}): {fault}")
         seen.add(request.key)
 
 

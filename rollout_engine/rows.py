@@ -68,7 +68,8 @@ class SpecCounts:
     def add_step(self, num_drafts: int, num_accepted: int, num_kept: int) -> None:
         """Of `num_drafts` proposals `num_accepted` stood, and `num_kept` tokens remained where a response ends.
 
-        Accepted drafts behind the end do not count; proposals do.
+        Accepted drafts behind the end do not count; proposals do. Where the end is an accepted draft, no bonus token
+        follows it, but `SpecStats.accept_length` adds one for every verify step.
         """
         self.num_decode_steps += 1
         if num_drafts == 0:

@@ -14,6 +14,8 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+from rollout_engine.types import EngineConfigError
+
 
 @dataclass(frozen=True, slots=True)
 class SpecPlan:
@@ -48,17 +50,34 @@ class CostTable:
 
     @classmethod
     def load(cls, path: Path) -> CostTable:
-        """Raises ValueError naming the file when it is not a cost table."""
+        """Raises EngineConfigError naming the file when it is not a cost table."""
         try:
             return cls.from_dict(json.loads(path.read_text()))
         except FileNotFoundError as error:
-            raise ValueError(f"{path}: no such cost table; rollout.cost_table = '' measures one at start") from error
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise ValueError(f"{path}: not a cost table with batches and step_s ({error})") from error
+            raise EngineConfigError(
+                f"{path}: no such cost table; rollout.cost_table = '' measures one at start"
+            ) from error
+        except (ValueError, KeyError, TypeError) as error:
+            raise EngineConfigError(f"{path}: not a cost table with batches and step_s ({error})") from error
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> CostTable:
-        return cls(tuple(data["batches"]), tuple(tuple(row) for row in data["step_s"]))
+        """Raises EngineConfigError for batches and rows that do not fit each other."""
+        table = cls(tuple(data["batches"]), tuple(tuple(row) for row in data["step_s"]))
+        if not table.batches or len(table.step_s) != len(table.batches) or len(set(map(len, table.step_s))) != 1:
+            raise EngineConfigError("one row of step_s for each of batches is needed, all of the same length")
+        return table
+
+
+def load_cost_table(path: Path, max_depth: int) -> CostTable:
+    """Raises EngineConfigError when the file is not a cost table, or was measured for fewer than `max_depth` drafts."""
+    table = CostTable.load(path)
+    if table.max_depth < max_depth:
+        raise EngineConfigError(
+            f"{path}: measured up to {table.max_depth} draft tokens, but rollout.speculative_num_steps = {max_depth}; "
+            f"measure again with that many, or set rollout.cost_table = ''"
+        )
+    return table
 
 
 def expected_tokens(acceptance: Sequence[float], depth: int) -> float:
@@ -142,6 +161,12 @@ class AcceptanceTracker:
         return {"tried": list(self._tried), "accepted": list(self._accepted)}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
+        """Raises EngineConfigError when the state is that of another number of positions."""
+        if len(state["tried"]) != len(self._tried):
+            raise EngineConfigError(
+                f"the checkpoint was saved with rollout.speculative_num_steps = {len(state['tried'])}, "
+                f"now it is {len(self._tried)} (0: none, without speculation); resume with the same"
+            )
         self._tried, self._accepted = list(state["tried"]), list(state["accepted"])
 
 
@@ -161,11 +186,6 @@ class DepthController:
         self._tracker = AcceptanceTracker(max_depth)
         self._num_plain_steps = 0
         self._probe_after = _FIRST_PROBE
-
-    @property
-    def acceptance(self) -> tuple[float, ...]:
-        """Current estimates by position."""
-        return self._tracker.rates()
 
     def plan(self, batch: int) -> SpecPlan:
         """For the next step of `batch` rows."""
@@ -200,6 +220,9 @@ class DepthController:
         }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        self.table = CostTable.from_dict(state["table"]) if state["table"] else None
+        """Raises EngineConfigError when it was saved with another depth. Without speculation nothing is taken over."""
+        if self._max_depth == 0:
+            return
         self._tracker.load_state(state["tracker"])
+        self.table = CostTable.from_dict(state["table"]) if state["table"] else None
         self._num_plain_steps, self._probe_after = state["num_plain_steps"], state["probe_after"]

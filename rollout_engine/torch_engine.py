@@ -25,7 +25,7 @@ from rollout_engine.kv_cache import KVCache
 from rollout_engine.prefill import Prefix, PrefixCache
 from rollout_engine.rows import Row
 from rollout_engine.sampling import Proposal, RowSampling
-from rollout_engine.speculation import CostTable, DepthController, SpecPlan, measure_steps
+from rollout_engine.speculation import CostTable, DepthController, SpecPlan, load_cost_table, measure_steps
 from rollout_engine.stopping import Detokenize, kept_before_stop
 from rollout_engine.types import EngineError, FinishReason, RolloutRequest, Sample
 from sync.plan import SyncError
@@ -49,8 +49,8 @@ class TorchEngine:
     ) -> None:
         """`detokenize` turns token ids into text; only requests with stop strings need it.
 
-        A draft is used by EAGLE3 alone, but its weights are received with any algorithm. Raises ValueError for
-        settings that contradict themselves, the decoder or the draft.
+        A draft is used by EAGLE3 alone, but its weights are received with any algorithm. Raises EngineConfigError for
+        settings that contradict themselves, the decoder, the draft or the cost table.
         """
         check_config(config, decoder.config, draft, decoder.device)
         self._decoder = decoder
@@ -77,8 +77,10 @@ class TorchEngine:
         if algorithm == "NGRAM":
             self._ngram = NgramProposer(config.ngram_min_match, config.ngram_max_match, decoder.device)
         self._max_depth = 0 if algorithm == "NONE" else config.speculative_num_steps
-        table = CostTable.load(Path(config.cost_table)) if config.cost_table else None
-        self._controller = DepthController(self._max_depth, table if config.controller == "adaptive" else None)
+        table = None
+        if self._max_depth and config.controller == "adaptive" and config.cost_table:
+            table = load_cost_table(Path(config.cost_table), self._max_depth)
+        self._controller = DepthController(self._max_depth, table)
         self._prefixes = PrefixCache(decoder, self._eagle, self._numerics)
         self._rows: list[Row] = []
         self._sampling: RowSampling | None = None  # of the present rows; None when they have changed
@@ -93,7 +95,7 @@ class TorchEngine:
     def generate(self, requests: Iterable[RolloutRequest]) -> Iterator[Sample]:
         """Samples as they finish, in no fixed order.
 
-        Raises ValueError for a request that cannot be served and EngineError while weights are a mixture; both
+        Raises BadRequest for a request that cannot be served and EngineError while weights are a mixture; both
         before any work. Abandoning the iterator drops what is running.
         """
         pending = deque(requests)
@@ -139,7 +141,11 @@ class TorchEngine:
         self._aborted.update(keys)
 
     def without_speculation(self) -> TorchEngine:
-        """An engine over the same weights and receiver, with KV memory of its own, that decodes plainly."""
+        """An engine over the same weights and receiver that decodes plainly.
+
+        Its KV memory is its own, and as large as this engine's is now, so that neither of the two grows it while they
+        are compared. The caller closes it after use.
+        """
         plain = TorchEngine(
             self._decoder,
             replace(self._config, speculative_algorithm="NONE"),
@@ -147,6 +153,7 @@ class TorchEngine:
             detokenize=self._detokenize,
         )
         plain._receiver, plain._version = self._receiver, self._receiver.version
+        plain._cache.reserve(self._cache.capacity)
         return plain
 
     def close(self) -> None:

@@ -15,6 +15,14 @@ class EngineError(RuntimeError):
     """The engine cannot serve this: one line saying what, where and how to mend it."""
 
 
+class EngineConfigError(ValueError):
+    """Settings, or a file that they name, from which no engine can be made or resumed. One line, as above."""
+
+
+class BadRequest(ValueError):
+    """A request that cannot be served. One line, as above."""
+
+
 class FinishReason(StrEnum):
     STOP = "stop"  # a stop id or a stop string
     LENGTH = "length"  # max_new_tokens or the context is used up
@@ -70,14 +78,21 @@ class SpecStats:
 
     @property
     def accept_length(self) -> float:
-        """Tokens per verify step, bonus token included; 1.0 when nothing was ever proposed."""
+        """Tokens per verify step, bonus token included; 1.0 when nothing was ever proposed.
+
+        A response that ends inside accepted drafts never emits the bonus token of its last step, which is counted all
+        the same: at most one token per response too many.
+        """
         if self.num_verify_steps == 0:
             return 1.0
         return (self.num_accepted + self.num_verify_steps) / self.num_verify_steps
 
     @property
     def tokens_per_forward(self) -> float:
-        """Tokens per target decode forward, steps without a proposal included; 1.0 without any forward."""
+        """Tokens per target decode forward, steps without a proposal included; 1.0 without any forward.
+
+        Counts the bonus token as `accept_length` does.
+        """
         if self.num_decode_steps == 0:
             return 1.0
         return (self.num_accepted + self.num_decode_steps) / self.num_decode_steps

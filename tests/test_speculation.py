@@ -16,6 +16,7 @@ from rollout_engine.speculation import (
     choose_depth,
     expected_tokens,
 )
+from rollout_engine.types import EngineConfigError
 
 # A step costs a constant and something per token: cheap drafts at batch 1, dear ones at batch 32.
 TABLE = CostTable((1, 8, 32), tuple(tuple(1.0 + 0.02 * b * (1 + d) + 0.1 * d for d in range(4)) for b in (1, 8, 32)))
@@ -69,9 +70,12 @@ def test_cost_table_file(tmp_path: Path) -> None:
     TABLE.save(tmp_path / "costs.json")
     assert CostTable.load(tmp_path / "costs.json") == TABLE
     (tmp_path / "bad.json").write_text('{"batches": [1]}')
-    with pytest.raises(ValueError, match=r"bad\.json: not a cost table"):
-        CostTable.load(tmp_path / "bad.json")
-    with pytest.raises(ValueError, match=r"absent\.json: no such cost table"):
+    (tmp_path / "ragged.json").write_text('{"batches": [1, 2], "step_s": [[1.0, 1.0], [1.0]]}')
+    (tmp_path / "cut.json").write_text('{"batches": [1, 2')
+    for name in ("bad", "ragged", "cut"):
+        with pytest.raises(EngineConfigError, match=rf"{name}\.json: not a cost table"):
+            CostTable.load(tmp_path / f"{name}.json")
+    with pytest.raises(EngineConfigError, match=r"absent\.json: no such cost table"):
         CostTable.load(tmp_path / "absent.json")
 
 
@@ -125,6 +129,15 @@ def test_controller_state_resumes() -> None:
     simulate(first, 0.1, 8, 77, random.Random(3))
     second.load_state(first.state())
     assert simulate(first, 0.1, 8, 200, random.Random(4)) == simulate(second, 0.1, 8, 200, random.Random(4))
+
+
+def test_controller_state_of_another_depth_is_refused() -> None:
+    state = DepthController(3, TABLE).state()
+    with pytest.raises(EngineConfigError, match=r"speculative_num_steps = 3, now it is 2 .*; resume with the same"):
+        DepthController(2, None).load_state(state)
+    with pytest.raises(EngineConfigError, match="speculative_num_steps = 3, now it is 5"):
+        DepthController(5, None).load_state(state)
+    DepthController(0, None).load_state(state)
 
 
 def test_fixed_controller_always_drafts() -> None:

@@ -15,7 +15,14 @@ from rollout_engine.prefill import PrefixCache
 from rollout_engine.rows import SpecCounts
 from rollout_engine.speculation import CostTable
 from rollout_engine.stopping import kept_before_stop
-from rollout_engine.types import EngineError, FinishReason, RolloutRequest, SamplingParams
+from rollout_engine.types import (
+    BadRequest,
+    EngineConfigError,
+    EngineError,
+    FinishReason,
+    RolloutRequest,
+    SamplingParams,
+)
 from sync.checksum import checksum
 from sync.receiver import Bundle, WeightReceiver
 from tests.rollout_engine_helpers import (
@@ -281,6 +288,21 @@ def test_adaptive_engine_measures_or_loads_costs(tmp_path: Path) -> None:
     assert tokens_of(samples) == tokens_of(plain)
 
 
+def test_a_cost_table_that_is_too_shallow_is_refused_at_once(pair: Pair, tmp_path: Path) -> None:
+    CostTable((1,), ((1.0, 1.0, 1.0),)).save(tmp_path / "t.json")
+    settings = {"controller": "adaptive", "cost_table": str(tmp_path / "t.json")}
+    with pytest.raises(EngineConfigError, match=r"t\.json: measured up to 2 draft tokens, .*speculative_num_steps = 3"):
+        make_engine(*pair, **settings)
+    assert run_engine(make_engine(*pair, speculative_num_steps=2, **settings), make_requests(2, 2))
+
+
+def test_the_plain_twin_starts_with_as_much_memory(pair: Pair) -> None:
+    engine = make_engine(*pair)
+    run_engine(engine, make_requests(2, 2))
+    plain = engine.without_speculation()
+    assert plain._cache.capacity == engine._cache.capacity > 0
+
+
 # ---------------------------------------------------------------- bad input
 
 
@@ -297,7 +319,7 @@ def test_adaptive_engine_measures_or_loads_costs(tmp_path: Path) -> None:
 )
 def test_bad_requests(pair: Pair, request_: RolloutRequest, message: str) -> None:
     engine = make_engine(*pair)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(BadRequest, match=message):
         engine.generate([*make_requests(1, 2), request_])
 
 
@@ -315,15 +337,15 @@ def test_bad_requests(pair: Pair, request_: RolloutRequest, message: str) -> Non
     ],
 )
 def test_bad_settings(pair: Pair, settings: dict[str, object], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(EngineConfigError, match=message):
         make_engine(*pair, **settings)
 
 
 def test_draft_that_does_not_fit(pair: Pair, tmp_path: Path) -> None:
     _, other = load_pair(tmp_path, vocab_size=41)
-    with pytest.raises(ValueError, match="vocabulary 41 against 32 and 40"):
+    with pytest.raises(EngineConfigError, match="vocabulary 41 against 32 and 40"):
         make_engine(pair[0], other)
-    with pytest.raises(ValueError, match="EAGLE3 needs a draft"):
+    with pytest.raises(EngineConfigError, match="EAGLE3 needs a draft"):
         make_engine(pair[0], None, speculative_algorithm="EAGLE3")
 
 
