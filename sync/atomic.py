@@ -1,7 +1,8 @@
 """Files and folders that appear whole or not at all: written aside, fsynced, renamed.
 
-A kill at any point, or a full disk, leaves the names that readers look at as they were before. There is one
-writer per parent folder; what a killed writer left aside is removed by the next one.
+A full disk, or a kill at any point, leaves the names that readers look at as they were before; but replacing a
+folder takes two renames, and after a kill between them the name is gone until the next writer puts the old folder
+back. There is one writer per parent folder; what a killed writer left aside is removed by the next one.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 ASIDE = ".aside-"  # readers look for other names, so they never see these
+_REPLACED = f"{ASIDE}replaced-"
 
 
 def write_file(path: Path, content: str) -> None:
@@ -29,6 +31,10 @@ def write_file(path: Path, content: str) -> None:
 def begin_folder(final: Path) -> Path:
     """An empty folder aside, to be filled and then given to `finish_folder`. Clears what earlier writers left."""
     final.parent.mkdir(parents=True, exist_ok=True)
+    for replaced in final.parent.glob(f"{_REPLACED}*"):
+        name = final.with_name(replaced.name.removeprefix(_REPLACED))
+        if not name.exists():
+            os.rename(replaced, name)
     for leftover in final.parent.glob(f"{ASIDE}*"):
         shutil.rmtree(leftover, ignore_errors=True)
     aside = final.with_name(ASIDE + final.name)
@@ -42,10 +48,17 @@ def finish_folder(aside: Path, final: Path) -> None:
         for name in files:
             fsync(Path(folder, name))
         fsync(Path(folder))
+    replaced = final.with_name(_REPLACED + final.name)
     if final.exists():
-        remove_folder(final)
-    os.rename(aside, final)
+        os.rename(final, replaced)
+    try:
+        os.rename(aside, final)
+    except OSError:
+        if replaced.exists():
+            os.rename(replaced, final)
+        raise
     fsync(final.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def remove_folder(path: Path) -> None:

@@ -44,7 +44,9 @@ class DiskTransport:
         """Raises SyncError when the disk or the engine refuses. A refused version is not left lying on the disk."""
         folder = version_folder(self.directory, bundle.version)
         if folder.exists():
-            raise SyncError(f"sync of version {bundle.version}: {folder} exists already; the old version serves on")
+            raise SyncError(
+                f"sync of version {bundle.version}: {folder} exists already (remove what an earlier run left); the old version serves on"
+            )
         try:
             write_version(folder, self.plan, bundle)
         except (OSError, SafetensorError) as error:  # safetensors wraps the operating system's errors
@@ -94,13 +96,6 @@ def write_version(folder: Path, plan: SyncPlan, bundle: Bundle) -> None:
             # safetensors refuses tied tensors, which share memory; each is written out for itself.
             save_file({name: tensor.contiguous().clone() for name, tensor in tensors.items()}, aside / file)
         write_file(aside / MANIFEST, json.dumps(manifest, indent=1))
-
-
-def discard_newer(directory: Path, version: int) -> None:
-    """Remove the versions above `version`: a run resumed from there will write those numbers anew."""
-    for folder in list_versions(directory):
-        if _version_of(folder) > version:
-            remove_folder(folder)
 
 
 def receive_folder(receiver: WeightReceiver, folder: Path) -> int:

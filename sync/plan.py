@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import groupby
 from math import prod
 
 import torch
@@ -61,11 +60,6 @@ class SyncPlan:
         """SHA-256 over names, shapes, dtypes and buckets: equal digests, equal plans."""
         lines = (f"{s.full_name} {list(s.shape)} {s.dtype} {s.bucket}\n" for s in self.tensors)
         return hashlib.sha256("".join(lines).encode()).hexdigest()
-
-    def buckets(self) -> Iterator[tuple[int, tuple[TensorSpec, ...]]]:
-        """(bucket number, its tensors) in order."""
-        for bucket, specs in groupby(self.tensors, key=lambda spec: spec.bucket):
-            yield bucket, tuple(specs)
 
 
 def make_plan(tensors: Mapping[str, torch.Tensor], bucket_bytes: int = DEFAULT_BUCKET_BYTES) -> SyncPlan:

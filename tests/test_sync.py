@@ -6,12 +6,13 @@ import errno
 import os
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import groupby
 from pathlib import Path
 
 import pytest
 import torch
 
-from sync import disk
+from sync import atomic, disk
 from sync.checksum import ROW_WORDS, checksum
 from sync.plan import SyncError, make_plan
 from sync.publish import make_bundle, publish
@@ -96,7 +97,7 @@ def test_plan_does_not_depend_on_the_order_of_the_names() -> None:
 
 def test_buckets_hold_every_tensor_once_within_their_size() -> None:
     plan = make_plan(weights_at(0), bucket_bytes=5000)
-    buckets = dict(plan.buckets())
+    buckets = {number: tuple(specs) for number, specs in groupby(plan.tensors, key=lambda spec: spec.bucket)}
     assert list(buckets) == list(range(len(buckets))) and len(buckets) > 2
     assert tuple(spec for specs in buckets.values() for spec in specs) == plan.tensors
     assert all(len(specs) == 1 or sum(s.num_bytes for s in specs) <= 5000 for specs in buckets.values())
@@ -328,10 +329,8 @@ def test_buckets_become_files_and_only_the_last_versions_stay(tmp_path: Path) ->
         publish(policy_weights(version), draft_weights(version), transport, version)
     assert [folder.name for folder in disk.list_versions(tmp_path)] == ["version_000003", "version_000010"]
     files = {path.name for path in disk.version_folder(tmp_path, 10).iterdir()}
-    buckets = {f"bucket_{bucket:05d}.safetensors" for bucket, _ in receiver.plan.buckets()}
+    buckets = {f"bucket_{spec.bucket:05d}.safetensors" for spec in receiver.plan.tensors}
     assert files == buckets | {"manifest.json"} and len(buckets) > 1
-    disk.discard_newer(tmp_path, 3)
-    assert [folder.name for folder in disk.list_versions(tmp_path)] == ["version_000003"]
 
 
 def _truncate(path: Path) -> None:
@@ -384,9 +383,10 @@ def test_a_crash_in_the_middle_of_writing_is_never_seen(tmp_path: Path) -> None:
         restarted = engine_at(5)
         version = disk.receive_folder(restarted, newest)
         assert version in (6, 7) and same_bits(restarted.destinations, weights_at(version))
-        disk.discard_newer(tmp_path, 6)
+        if newest.name == "version_000007":
+            disk.remove_folder(newest)
     assert deaths > 5
-    disk.discard_newer(tmp_path, 6)
+    disk.remove_folder(disk.version_folder(tmp_path, 7))
     publish(policy_weights(7), draft_weights(7), transport, version=7)
     assert receiver.version == 7 and not list(tmp_path.glob(".aside-*")), "the next writer cleans up"
 
@@ -402,3 +402,44 @@ def test_a_full_disk_keeps_the_old_version(tmp_path: Path, monkeypatch: pytest.M
         publish(policy_weights(6), draft_weights(6), on_disk(receiver, tmp_path), version=6)
     assert list(tmp_path.iterdir()) == []
     assert same_bits(receiver.destinations, weights_at(5)) and not receiver.dirty
+
+
+def _replace_and_die(folder: Path, call: int) -> None:
+    die_at(call)
+    with atomic.whole_folder(folder) as aside:
+        (aside / "a").write_text("new")
+        (aside / "b").write_text("new")
+
+
+def test_a_folder_is_replaced_whole_whenever_the_writer_dies(tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    seen, deaths = set(), 0
+    while True:
+        with atomic.whole_folder(folder) as aside:
+            (aside / "a").write_text("old")
+            (aside / "b").write_text("old")
+        if exit_code(_replace_and_die, folder, deaths) != KILLED:
+            break
+        deaths += 1
+        with atomic.whole_folder(tmp_path / "other"):
+            pass  # the next writer of any folder beside it
+        seen.add(((folder / "a").read_text(), (folder / "b").read_text()))
+    assert seen == {("old", "old"), ("new", "new")} and deaths > 5
+    assert (folder / "a").read_text() == "new" and not list(tmp_path.glob(".aside-*"))
+
+
+def test_a_folder_that_cannot_be_renamed_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "folder"
+    with atomic.whole_folder(folder) as aside:
+        (aside / "a").write_text("old")
+    rename = os.rename
+
+    def refuse_new(source: Path, target: Path) -> None:
+        if source.name == ".aside-folder":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", refuse_new)
+    with pytest.raises(OSError, match="error"), atomic.whole_folder(folder) as aside:
+        (aside / "a").write_text("new")
+    assert (folder / "a").read_text() == "old" and list(tmp_path.iterdir()) == [folder]

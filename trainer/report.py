@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from sync.atomic import write_file
 from trainer import report_plots as plots
 from trainer import report_text as text
 from trainer.metrics import METRICS_FILE, MetricsError, read_metrics
@@ -43,7 +44,7 @@ def write_report(run_dir: Path) -> Path:
     title = f"Slipstream run: {config.get('name', run_dir.name)}"
     html = page(title, lead(lines, config), tiles(lines, config), cards(lines), tables(lines, config))
     path = run_dir / REPORT_FILE
-    path.write_text(html, encoding="utf-8")
+    write_file(path, html)
     return path
 
 
