@@ -8,8 +8,6 @@ sampling asks for.
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -28,19 +26,19 @@ _OPTIONAL = frozenset({"embed_tokens.weight", "t2d"})  # the policy's embedding 
 
 
 def save_draft(draft: Eagle3, directory: Path) -> None:
-    """Write the draft so that `directory` holds either what it held before or all of the new one.
+    """Write the draft's two files into `directory`, which is made when it is missing. Raises OSError: a full disk.
 
-    Written aside, synced, renamed. Raises OSError (a full disk, for one); the old directory is then still in place.
+    Files are written in place: give a folder that is renamed afterwards where a broken write must not be seen.
     """
-    directory = directory.absolute()
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    aside = directory.with_name(f".{directory.name}.writing-{os.getpid()}")
-    aside.mkdir()
+    directory.mkdir(parents=True, exist_ok=True)
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in draft.named_tensors().items()}
     try:
-        _write_files(draft, aside)
-        _swap_in(aside, directory)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        save_file(tensors, directory / WEIGHTS_NAME, metadata={"format": "pt"})
+    except SafetensorError as error:  # safetensors reports a full disk in its own type
+        raise OSError(f"{directory}: the draft cannot be saved ({error})") from error
+    dtype = str(draft.fc.weight.dtype).removeprefix("torch.")
+    config = draft.config.to_hf() | {"dtype": dtype, "torch_dtype": dtype}
+    (directory / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def load_draft(directory: Path, target_config: Mapping[str, Any] | None = None) -> Eagle3:
@@ -84,39 +82,6 @@ def check_fit(config: Eagle3Config, target_config: Mapping[str, Any], directory:
             f"{directory / CONFIG_NAME}: eagle_aux_hidden_state_layer_ids are {list(config.aux_layer_ids)}, "
             f"the target has layers 0 to {num_layers - 1}"
         )
-
-
-def _write_files(draft: Eagle3, directory: Path) -> None:
-    tensors = {name: tensor.cpu().contiguous() for name, tensor in draft.named_tensors().items()}
-    save_file(tensors, directory / WEIGHTS_NAME, metadata={"format": "pt"})
-    dtype = str(draft.fc.weight.dtype).removeprefix("torch.")
-    config = draft.config.to_hf() | {"dtype": dtype, "torch_dtype": dtype}
-    (directory / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n")
-    for path in (directory / WEIGHTS_NAME, directory / CONFIG_NAME, directory):
-        _sync_to_disk(path)
-
-
-def _swap_in(aside: Path, directory: Path) -> None:
-    """Rename `aside` to `directory`; a directory that is in the way is moved off first and removed last."""
-    old = directory.with_name(f".{directory.name}.old-{os.getpid()}")
-    if directory.exists():
-        directory.rename(old)
-    try:
-        aside.rename(directory)
-    except OSError:
-        if old.exists():
-            old.rename(directory)
-        raise
-    _sync_to_disk(directory.parent)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _sync_to_disk(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _read_config(path: Path, target_config: Mapping[str, Any] | None) -> Eagle3Config:
