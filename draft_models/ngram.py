@@ -32,10 +32,6 @@ class NgramDrafter:
         prompt_id, sample_id = key
         return self._groups[prompt_id].propose(sample_id, k)
 
-    def forget(self, prompt_id: int) -> None:
-        """Drop a prompt's texts, when no sibling is left to come."""
-        del self._groups[prompt_id]
-
 
 class _Group:
     """The texts of one prompt and the index over them."""

@@ -26,7 +26,6 @@ class Purpose(IntEnum):
     RESIDUAL = 1  # the token itself when it is drawn from the target or from the residual
     DRAFT = 2  # the draft's own token
     GUMBEL = 3  # noise shared by target and draft, one value per token id
-    SHUFFLE = 4  # order of data
 
 
 def request_seed(run_seed: int, step: int, prompt_id: int, sample_id: int) -> int:

@@ -41,9 +41,6 @@ def test_siblings_share_and_other_prompts_do_not() -> None:
     drafter.extend(A, [6])
     assert drafter.propose(B, 4) == [4, 5, 6]
     assert drafter.propose(OTHER_PROMPT, 4) == []
-    drafter.forget(0)
-    drafter.extend(B, [2, 3])
-    assert drafter.propose(B, 4) == []
 
 
 def brute_force(text: list[int], lengths: range, k: int) -> list[int]:

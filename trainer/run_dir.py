@@ -27,14 +27,6 @@ class RunDir:
         return self.path / "metrics.jsonl"
 
     @property
-    def report_file(self) -> Path:
-        return self.path / "report.html"
-
-    @property
-    def tensorboard(self) -> Path:
-        return self.path / "tensorboard"
-
-    @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 
