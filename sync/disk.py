@@ -45,7 +45,8 @@ class DiskTransport:
         folder = version_folder(self.directory, bundle.version)
         if folder.exists():
             raise SyncError(
-                f"sync of version {bundle.version}: {folder} exists already (remove what an earlier run left); the old version serves on"
+                f"sync of version {bundle.version}: {folder} exists already (remove what an earlier run left); "
+                "the old version serves on"
             )
         try:
             write_version(folder, self.plan, bundle)

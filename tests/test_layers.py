@@ -20,7 +20,7 @@ DOORS = {
     "flashinfer": "rollout_engine/attention.py",
 }
 MAX_FILE_LINES = 500
-MAX_FUNCTION_LINES = 100
+MAX_FUNCTION_LINES = 80
 
 
 def imported_packages(source: str) -> set[str]:
