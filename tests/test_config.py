@@ -122,6 +122,22 @@ GOOD = ("--rollout-batch-size=4", "--n-samples-per-prompt=4", *SOURCES)
         (["--eval-interval=2"], "give --eval-prompt-data"),
         (["--hf-checkpoint="], "give --hf-checkpoint DIR"),
         (["--tensor-model-parallel-size=2"], "start a multiple of 2"),
+        (["--rollout.cost_table=absent.json"], "'absent.json': no such file"),
+        (["--context-length=-1"], "context_length = -1: it must be 0"),
+        (["--lr=-1"], "policy.lr = -1.0: it must be at least 0"),
+        (["--lr=nan"], "policy.lr = nan: it must be at least 0"),
+        (["--lr=1e-6", "--min-lr=1e-5"], "min_lr = 1e-05 is above policy.lr = 1e-06"),
+        (["--num-rollout=20", "--lr-warmup-iters=100"], "lr_warmup_iters = 100 must be below the 20"),
+        (["--save-interval=-1"], "save_interval = -1: it must be at least 0"),
+        (["--eval-interval=-1"], "eval_interval = -1"),
+        (["--plain-probe-interval=-1"], "plain_probe_interval = -1"),
+        (["--clip-grad=-1"], "policy.clip_grad = -1"),
+        (["--draft.clip-grad=-1"], "draft.clip_grad = -1"),
+        (["--adam-beta1=1"], "adam_beta1 = 1.0: it must be at least 0 and below 1"),
+        (["--draft.adam-beta2=-0.1"], "draft.adam_beta2 = -0.1"),
+        (["--draft.capture-max-bytes=0"], "capture_max_bytes = 0: it must be at least 1"),
+        (["--draft.updates-per-step=0"], "updates_per_step = 0"),
+        (["--draft.max-tokens-per-update=0"], "max_tokens_per_update = 0"),
     ],
 )
 def test_impossible_settings_are_refused(arguments, message):
@@ -138,15 +154,23 @@ def test_samples_must_divide_over_data_parallel_ranks():
         validate(from_flags(*GOOD), world_size=3)
 
 
+def test_dtypes_that_differ_warn():
+    (warning,) = validate(from_flags(*GOOD, "--bf16"))
+    assert "policy.dtype = 'bfloat16'" in warning and "rollout.dtype = 'float32'" in warning
+    assert validate(from_flags(*GOOD, "--bf16", "--dtype=bfloat16")) == []
+
+
 def test_filters_in_training_and_ngram_rejection_warn():
     assert "top_p = 0.9 and top_k = 5" in validate(from_flags(*GOOD, "--rollout-top-p=0.9", "--rollout-top-k=5"))[0]
     assert "point masses" in validate(from_flags(*GOOD, "--speculative-algorithm=NGRAM"))[0]
     assert validate(from_flags(*GOOD, "--speculative-algorithm=NGRAM", "--rollout.verify-rule=target_only")) == []
 
 
-def test_determinism_with_a_fixed_depth_or_without_speculation_is_fine():
+def test_determinism_with_a_fixed_depth_or_without_speculation_is_fine(tmp_path):
     assert validate(from_flags(*GOOD, "--deterministic", "--rollout.controller=fixed")) == []
-    assert validate(from_flags(*GOOD, "--deterministic", "--rollout.cost_table=t.json")) == []
+    table = tmp_path / "t.json"
+    table.write_text("{}")
+    assert validate(from_flags(*GOOD, "--deterministic", f"--rollout.cost_table={table}")) == []
     assert validate(from_flags(*GOOD, "--deterministic", "--speculative-algorithm=NONE")) == []
 
 

@@ -56,6 +56,25 @@ def test_global_batch_size_sets_or_checks_the_optimizer_steps():
         load("--global-batch-size=16", "--num-steps-per-rollout=4", *data)
 
 
+def test_eps_clip_is_both_clips_unless_the_upper_one_is_given(tmp_path):
+    algorithm = load("--eps-clip=0.1").algorithm
+    assert (algorithm.eps_clip, algorithm.eps_clip_high) == (0.1, 0.1)
+    for arguments in (["--eps-clip=0.1", "--eps-clip-high=0.3"], ["--eps-clip-high=0.3", "--eps-clip=0.1"]):
+        algorithm = load(*arguments).algorithm
+        assert (algorithm.eps_clip, algorithm.eps_clip_high) == (0.1, 0.3)
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text("[algorithm]\neps_clip_high = 0.4\n")
+    assert load_config(recipe, parse_flags(["--eps-clip=0.1"])[1]).algorithm.eps_clip_high == 0.4
+
+
+def test_flags_of_scripts_that_need_no_setting_or_one_of_two():
+    config = load("--use-dynamic-batch-size", "--recompute-granularity", "full", "--custom-rm-path=m:f")
+    assert config.policy.recompute and config.data.reward == "m:f"
+    assert load("--use-dynamic-batch-size") == RunConfig()
+    with pytest.raises(ConfigError, match="--recompute-granularity 'selective': only 'full'"):
+        load("--recompute-granularity=selective")
+
+
 def test_help_lists_every_flag_and_every_key():
     text = flags_help()
     for name in TABLE:

@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 
 from tests import loop_helpers as helpers
 from tests.crash_helpers import KILLED, exit_code

@@ -38,7 +38,7 @@ def test_what_may_change():
 
 def test_a_run_is_extended_only_when_its_schedule_does_not_hang_on_its_length():
     linear = with_policy(lr_decay_style="linear")
-    with pytest.raises(ConfigError, match="num_rollout = 40, .* with 20, over which policy.lr_decay_style = 'linear'"):
+    with pytest.raises(ConfigError, match=r"num_rollout = 40, .* with 20, over which policy.lr_decay_style = 'linear'"):
         check_resumed(flat_settings(linear), replace(linear, num_rollout=40))
     fixed = with_policy(lr_decay_style="linear", lr_decay_iters=20)
     check_resumed(flat_settings(fixed), replace(fixed, num_rollout=40))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from rollout_engine.config import RolloutConfig
@@ -33,15 +34,43 @@ _AT_LEAST_ONE = (
     "policy.max_tokens_per_gpu",
     "draft.unroll",
     "draft.updates_per_step",
+    "draft.max_tokens_per_update",
+    "draft.capture_max_bytes",
 )
+
+_AT_LEAST_ZERO = (
+    "save_interval",
+    "eval_interval",
+    "plain_probe_interval",
+    "frozen_draft_step",
+    "policy.lr",
+    "policy.min_lr",
+    "policy.lr_warmup_iters",
+    "policy.lr_decay_iters",
+    "policy.weight_decay",
+    "policy.adam_eps",
+    "policy.clip_grad",
+    "algorithm.eps_clip",
+    "algorithm.eps_clip_high",
+    "algorithm.kl_loss_coef",
+    "algorithm.tis_clip",
+    "draft.step_decay",
+    "draft.lr",
+    "draft.weight_decay",
+    "draft.clip_grad",
+    "draft.draft_vocab_size",
+    "draft.intermediate_size",
+    "data.num_eval_prompts",
+)
+
+_BELOW_ONE = ("policy.adam_beta1", "policy.adam_beta2", "draft.adam_beta1", "draft.adam_beta2")
 
 
 def validate(config: RunConfig, *, world_size: int = 1) -> list[str]:
     """Warnings, one line each. `ConfigError` for settings that no run can have."""
     _check_choices(config, _CHOICES)
-    for key in _AT_LEAST_ONE:
-        if _get(config, key) < 1:
-            raise ConfigError(f"{key} = {_get(config, key)}: it must be at least 1")
+    _check_ranges(config)
+    _check_schedule(config)
     _check_sources(config)
     _check_batch(config, world_size)
     return [*check_rollout(config.rollout, config.deterministic), *_training_warnings(config)]
@@ -56,6 +85,12 @@ def check_rollout(rollout: RolloutConfig, deterministic: bool = False) -> list[s
         raise ConfigError(f"rollout.top_p = {rollout.top_p}: it must be above 0 and at most 1 (off)")
     if rollout.top_k < 0:
         raise ConfigError(f"rollout.top_k = {rollout.top_k}: it must be 0 (off) or more")
+    if rollout.context_length < 0:
+        raise ConfigError(f"rollout.context_length = {rollout.context_length}: it must be 0 (the checkpoint's) or more")
+    if rollout.cost_table and not Path(rollout.cost_table).is_file():
+        raise ConfigError(
+            f"rollout.cost_table = {rollout.cost_table!r}: no such file; leave it out to measure costs at the start"
+        )
     if rollout.context_length and rollout.max_response_len >= rollout.context_length:
         raise ConfigError(
             f"rollout.max_response_len = {rollout.max_response_len} leaves no room for a prompt in "
@@ -100,6 +135,28 @@ def _check_speculation(rollout: RolloutConfig, deterministic: bool) -> None:
         )
 
 
+def _check_ranges(config: RunConfig) -> None:
+    for keys, least in ((_AT_LEAST_ONE, 1), (_AT_LEAST_ZERO, 0)):
+        for key in keys:
+            if not _get(config, key) >= least:  # so written, not a number is refused too
+                raise ConfigError(f"{key} = {_get(config, key)}: it must be at least {least}")
+    for key in _BELOW_ONE:
+        if not 0 <= _get(config, key) < 1:
+            raise ConfigError(f"{key} = {_get(config, key)}: it must be at least 0 and below 1")
+
+
+def _check_schedule(config: RunConfig) -> None:
+    policy = config.policy
+    if policy.min_lr > policy.lr:
+        raise ConfigError(f"policy.min_lr = {policy.min_lr} is above policy.lr = {policy.lr}")
+    steps = policy.lr_decay_iters or config.num_rollout * config.algorithm.num_steps_per_rollout
+    if policy.lr_warmup_iters >= steps:
+        raise ConfigError(
+            f"policy.lr_warmup_iters = {policy.lr_warmup_iters} must be below the {steps} optimizer steps of the run "
+            "(policy.lr_decay_iters, or num_rollout x num_steps_per_rollout)"
+        )
+
+
 def _check_sources(config: RunConfig) -> None:
     if not config.policy.hf_checkpoint:
         raise ConfigError("policy.hf_checkpoint is not set: give --hf-checkpoint DIR")
@@ -138,18 +195,23 @@ def _check_batch(config: RunConfig, world_size: int) -> None:
 
 
 def _training_warnings(config: RunConfig) -> list[str]:
-    rollout = config.rollout
+    rollout, warnings = config.rollout, []
+    if rollout.dtype != config.policy.dtype:
+        warnings.append(
+            f"policy.dtype = {config.policy.dtype!r} trains, rollout.dtype = {rollout.dtype!r} samples: their "
+            "log-probs differ by rounding; --bf16 sets the first, --dtype the second"
+        )
     filters = [
         f"{name} = {value}"
         for name, value, off in (("top_p", rollout.top_p, 1.0), ("top_k", rollout.top_k, 0))
         if value != off
     ]
-    if not filters:
-        return []
-    return [
-        f"rollout.{' and '.join(filters)} in training: samples come from the filtered policy, the gradient is the "
-        "unfiltered one's"
-    ]
+    if filters:
+        warnings.append(
+            f"rollout.{' and '.join(filters)} in training: samples come from the filtered policy, the gradient is the "
+            "unfiltered one's"
+        )
+    return warnings
 
 
 def _check_choices(config: Any, choices: dict[str, Sequence[str]], prefix: str = "") -> None:

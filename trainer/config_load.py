@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cache
 from pathlib import Path
@@ -93,15 +93,16 @@ def _following_value(flag: str, key: str, rest: list[str]) -> str:
 def load_config(recipe: Path | None, overrides: Sequence[Override] = ()) -> RunConfig:
     """The recipe's settings with the command line's on top. `ConfigError`: unknown key, wrong type, unreadable file."""
     values = {} if recipe is None else read_recipe(recipe)
-    derived: dict[str, Override] = {}
+    derived: dict[str, Override] = {}  # applied last, because they look at the others
     for override in overrides:
         value = parse_text(override.text, _type_of(override.key), override.flag)
         if override.key in DERIVED:
             derived[override.key] = override
         else:
             values[override.key] = value
-    if "global_batch_size" in derived:
-        _apply_global_batch_size(values, derived["global_batch_size"])
+    for key, override in derived.items():
+        if key in _APPLY:
+            _APPLY[key](values, override)
     return build(values)
 
 
@@ -238,3 +239,23 @@ def _apply_global_batch_size(values: dict[str, Any], override: Override) -> None
             f"but {key} = {values[key]}; give one of them"
         )
     values[key] = samples // size
+
+
+def _apply_eps_clip(values: dict[str, Any], override: Override) -> None:
+    """slime's --eps-clip: both clips, unless the upper one is given too."""
+    value = parse_text(override.text, float, override.flag)
+    values["algorithm.eps_clip"] = value
+    values.setdefault("algorithm.eps_clip_high", value)
+
+
+def _apply_recompute_granularity(values: dict[str, Any], override: Override) -> None:
+    if override.text != "full":
+        raise ConfigError(f"{override.flag} {override.text!r}: only 'full' is accepted; leave it out for none")
+    values["policy.recompute"] = True
+
+
+_APPLY: dict[str, Callable[[dict[str, Any], Override], None]] = {
+    "global_batch_size": _apply_global_batch_size,
+    "eps_clip": _apply_eps_clip,
+    "recompute_granularity": _apply_recompute_granularity,
+}

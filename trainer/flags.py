@@ -17,7 +17,12 @@ class Flag(NamedTuple):
 
 
 # Keys that are no settings of their own but say something about several others.
-DERIVED = {"global_batch_size": int}
+DERIVED: dict[str, type] = {
+    "global_batch_size": int,
+    "eps_clip": float,
+    "recompute_granularity": str,
+    "use_dynamic_batch_size": bool,
+}
 
 _SGLANG = (
     Flag("--speculative-algorithm", "rollout.speculative_algorithm", "EAGLE3, NGRAM or NONE"),
@@ -37,12 +42,14 @@ SLIME = (
     Flag("--hf-checkpoint", "policy.hf_checkpoint", "Hugging Face folder of the policy"),
     Flag("--ref-load", "policy.ref_load", "Hugging Face folder of the KL reference"),
     Flag("--max-tokens-per-gpu", "policy.max_tokens_per_gpu", "token budget of one packed micro-batch"),
+    Flag("--use-dynamic-batch-size", "use_dynamic_batch_size", "accepted: micro-batches are always packed", "true"),
     Flag("--prompt-data", "data.prompt_data", "JSONL file of prompts"),
     Flag("--input-key", "data.input_key", "key of the prompt, a string or chat messages"),
     Flag("--label-key", "data.label_key", "key of the label"),
     Flag("--apply-chat-template", "data.apply_chat_template", "send prompts through the chat template"),
     Flag("--rollout-shuffle", "data.rollout_shuffle", "new order every epoch"),
     Flag("--rm-type", "data.reward", "exact, math or MODULE:FUNCTION"),
+    Flag("--custom-rm-path", "data.reward", "MODULE:FUNCTION, of (prompt, response, label) texts"),
     Flag("--rollout-batch-size", "data.rollout_batch_size", "prompts a step"),
     Flag("--n-samples-per-prompt", "data.n_samples_per_prompt", "group size"),
     Flag("--eval-prompt-data", "data.eval_prompt_data", "JSONL file of held-out prompts"),
@@ -55,12 +62,12 @@ SLIME = (
     Flag("--rollout-temperature", "rollout.temperature", "0 = greedy"),
     Flag("--rollout-top-p", "rollout.top_p", "1 = off"),
     Flag("--rollout-top-k", "rollout.top_k", "0 = off"),
-    Flag("--rollout-stop", "rollout.stop", "stop strings, separated by commas"),
+    Flag("--rollout-stop", "rollout.stop", "stop strings, separated by commas; when given twice, the last"),
     Flag("--global-batch-size", "global_batch_size", "samples of one optimizer step; sets num_steps_per_rollout"),
     Flag("--num-steps-per-rollout", "algorithm.num_steps_per_rollout", "optimizer steps of one rollout"),
     Flag("--advantage-estimator", "algorithm.advantage_estimator", "grpo"),
     Flag("--disable-grpo-std-normalization", "algorithm.normalize_std", "only subtract the group's mean", "false"),
-    Flag("--eps-clip", "algorithm.eps_clip", "lower clip of the ratio"),
+    Flag("--eps-clip", "eps_clip", "lower clip of the ratio, and the upper one unless that is given"),
     Flag("--eps-clip-high", "algorithm.eps_clip_high", "upper clip of the ratio"),
     Flag("--use-kl-loss", "algorithm.use_kl_loss", "add the KL to the reference to the loss"),
     Flag("--kl-loss-coef", "algorithm.kl_loss_coef", "its weight"),
@@ -84,8 +91,9 @@ MEGATRON = (
     Flag("--adam-beta1", "policy.adam_beta1", "first moment"),
     Flag("--adam-beta2", "policy.adam_beta2", "second moment"),
     Flag("--adam-eps", "policy.adam_eps", "epsilon"),
-    Flag("--clip-grad", "policy.clip_grad", "global gradient norm"),
-    Flag("--bf16", "policy.dtype", "train in bfloat16", "bfloat16"),
+    Flag("--clip-grad", "policy.clip_grad", "global gradient norm; 0 = no clipping"),
+    Flag("--recompute-granularity", "recompute_granularity", "full: policy.recompute; no other is accepted"),
+    Flag("--bf16", "policy.dtype", "train in bfloat16 (the engine: --dtype bfloat16)", "bfloat16"),
     Flag("--deterministic-mode", "deterministic", "bit for bit the same run, on the CPU", "true"),
 )
 
