@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,20 +37,41 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 
 def eos_token_ids(folder: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """Ids that end a response: generation_config.json, else config.json, else the tokenizer's."""
+    """Ids that end a response: generation_config.json, else config.json, else the tokenizer's.
+
+    Raises ConfigError naming the file when one of them is corrupt, or when none names an id.
+    """
     for name in ("generation_config.json", "config.json"):
         path = folder / name
-        found: Any = json.loads(path.read_text()).get("eos_token_id") if path.exists() else None
+        found = _read_object(path).get("eos_token_id") if path.exists() else None
+        ids = found if isinstance(found, list) else [found]
+        if found is not None and not all(isinstance(token_id, int) for token_id in ids):
+            raise ConfigError(f"{path}: eos_token_id = {found!r} is neither an id nor a list of ids")
         if found is not None:
-            return tuple(found) if isinstance(found, list) else (int(found),)
+            return tuple(ids)
     if tokenizer.eos_token_id is None:
         raise ConfigError(f"{folder}: neither config nor tokenizer names an eos token; set eos_token_id in config.json")
     return (int(tokenizer.eos_token_id),)
 
 
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text())
+    except ValueError as error:
+        raise ConfigError(f"{path}: not JSON ({error})") from None
+    if not isinstance(found, dict):
+        raise ConfigError(f"{path}: expected a JSON object, found {type(found).__name__}")
+    return found
+
+
 def context_length(folder: Path, rollout: RolloutConfig) -> int:
-    """Positions of one sequence: the setting, or what the checkpoint was made for."""
-    limit = int(read_config(folder)["max_position_embeddings"])
+    """Positions of one sequence: the setting, or what the checkpoint was made for. ConfigError when it does not say."""
+    limit = read_config(folder).get("max_position_embeddings")
+    if not isinstance(limit, int):
+        raise ConfigError(
+            f"{folder / 'config.json'}: key max_position_embeddings is missing or not a number; add the positions that "
+            "the model was trained for"
+        )
     if rollout.context_length > limit:
         raise ConfigError(
             f"rollout.context_length = {rollout.context_length} is above the {limit} positions of {folder}"
@@ -58,9 +80,16 @@ def context_length(folder: Path, rollout: RolloutConfig) -> int:
 
 
 def device_of(rollout: RolloutConfig) -> torch.device:
-    if rollout.device == "auto":
+    """Where the engine computes; "auto" takes CUDA when there is one. ConfigError for what this machine has not."""
+    name = rollout.device
+    if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(rollout.device)
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise ConfigError(f"rollout.device = {name!r} is unknown; use auto, cpu, cuda or cuda:N")
+    device, num_gpus = torch.device(name), torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= num_gpus:
+        raise ConfigError(f"rollout.device = {name!r}: this machine has {num_gpus} CUDA devices; use auto or cpu")
+    return device
 
 
 def read_draft(folder: Path, target: Path) -> Eagle3:
@@ -85,6 +114,7 @@ def build_engine(
         rollout,
         draft=None if draft is None else draft.to(device=device, dtype=dtype),
         eos_token_ids=eos_token_ids(policy, tokenizer),
-        detokenize=lambda ids: tokenizer.decode(list(ids), skip_special_tokens=True),
+        # with special tokens, since stop strings such as <|im_end|> are some
+        detokenize=lambda ids: tokenizer.decode(list(ids), skip_special_tokens=False),
         version=-1,  # nothing is served before the first sync, which is version 0 or the resumed step
     )

@@ -1,0 +1,104 @@
+"""From a checkpoint folder to an engine: what is wrong with folder or machine is one line; stop strings stop."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from rollout_engine.config import RolloutConfig
+from rollout_engine.speculation import CostTable
+from rollout_engine.types import FinishReason, RolloutRequest, Sample, SamplingParams
+from trainer.cli import main
+from trainer.config import ConfigError
+from trainer.make_model import MakeModelConfig, make_model
+from trainer.serving import build_engine, context_length, device_of, eos_token_ids, load_tokenizer
+
+PLAIN = RolloutConfig(speculative_algorithm="NONE", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def policy_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("serving") / "policy"
+    return make_model(MakeModelConfig(out=out, num_train_prompts=4, num_eval_prompts=4))
+
+
+@pytest.fixture
+def broken(policy_dir: Path, tmp_path: Path) -> Path:
+    """A copy to break."""
+    return Path(shutil.copytree(policy_dir, tmp_path / "policy"))
+
+
+@pytest.mark.parametrize("device", ["foo", "mps", "cuda:x", ""])
+def test_an_unknown_device_is_named(device: str) -> None:
+    with pytest.raises(ConfigError, match=rf"rollout\.device = '{device}' is unknown; use auto, cpu"):
+        device_of(RolloutConfig(device=device))
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:2"])
+def test_a_gpu_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(ConfigError, match=rf"'{device}': this machine has 0 CUDA devices"):
+        device_of(RolloutConfig(device=device))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    assert device_of(RolloutConfig(device=device)) == torch.device(device)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("{", "not JSON"), ("[]", "expected a JSON object, found list"), ('{"eos_token_id": "x"}', "eos_token_id = 'x'")],
+)
+def test_a_corrupt_generation_config_is_named(broken: Path, text: str, message: str) -> None:
+    (broken / "generation_config.json").write_text(text)
+    with pytest.raises(ConfigError, match=rf"generation_config\.json: {message}"):
+        eos_token_ids(broken, load_tokenizer(broken))
+
+
+def test_end_of_sequence_comes_from_the_first_that_names_it(broken: Path) -> None:
+    tokenizer = load_tokenizer(broken)
+    (broken / "generation_config.json").write_text('{"eos_token_id": [3, 5]}')
+    assert eos_token_ids(broken, tokenizer) == (3, 5)
+    (broken / "generation_config.json").write_text("{}")
+    assert eos_token_ids(broken, tokenizer) == (json.loads((broken / "config.json").read_text())["eos_token_id"],)
+
+
+def test_a_config_without_positions_is_one_line(broken: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = json.loads((broken / "config.json").read_text())
+    del config["max_position_embeddings"]
+    (broken / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match=r"config\.json: key max_position_embeddings"):
+        context_length(broken, PLAIN)
+    assert main(["generate", "--policy", str(broken), "--prompt", "1"]) == 2
+    said = capsys.readouterr().err
+    assert "max_position_embeddings" in said and said.count("\n") == 1
+
+
+def test_what_the_engine_refuses_is_one_line(
+    policy_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    CostTable((1,), ((1.0, 1.0),)).save(tmp_path / "t.json")
+    arguments = ["--speculative-algorithm", "NGRAM", "--rollout.cost-table", str(tmp_path / "t.json")]
+    assert main(["generate", "--policy", str(policy_dir), "--prompt", "1", *arguments, "--rollout.device", "cpu"]) == 2
+    said = capsys.readouterr().err.splitlines()
+    assert "t.json: measured up to 1 draft tokens" in said[-1] and said[-1].startswith("slipstream: error: ")
+
+
+def sampled(policy_dir: Path, tokenizer: object, stop: tuple[str, ...]) -> Sample:
+    engine = build_engine(policy_dir, PLAIN, None, tokenizer)  # type: ignore[arg-type]
+    sampling = SamplingParams(temperature=1.0, max_new_tokens=24, seed=3, stop=stop)
+    (sample,) = engine.generate([RolloutRequest(0, 0, (1, 2, 3), sampling)])
+    return sample
+
+
+def test_a_special_token_may_be_a_stop_string(policy_dir: Path) -> None:
+    tokenizer = load_tokenizer(policy_dir)
+    free = sampled(policy_dir, tokenizer, ())
+    texts = [tokenizer.convert_ids_to_tokens(token_id) for token_id in free.token_ids]
+    text = next(text for text in texts[1:] if text and text.isascii())  # the rows of padding have none
+    tokenizer.add_special_tokens({"additional_special_tokens": [text]})
+    stopped = sampled(policy_dir, tokenizer, (text,))
+    assert stopped.token_ids == free.token_ids[: texts.index(text) + 1]
+    assert stopped.finish_reason is FinishReason.STOP
