@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from draft_models.config import DraftConfig
-from draft_models.layers import FAST, Numerics, RopeTable, apply_rope, inverse_frequencies, rope_table
+from draft_models.layers import FAST, Numerics, RopeTable, apply_rope, inverse_frequencies, rope_parameters, rope_table
 
 Rope = tuple[Tensor, Tensor]
 
@@ -321,17 +321,9 @@ def _shared_fields(config: Mapping[str, Any]) -> dict[str, Any]:
         "num_key_value_heads": int(config.get("num_key_value_heads") or heads),
         "head_dim": int(config.get("head_dim") or int(config["hidden_size"]) // heads),
         "rms_norm_eps": float(config.get("rms_norm_eps", 1e-6)),
-        "rope": _rope_parameters(config),
+        "rope": rope_parameters(config),
         "max_position_embeddings": int(config["max_position_embeddings"]),
     }
-
-
-def _rope_parameters(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Transformers 5 writes `rope_parameters`; before it `rope_theta` and `rope_scaling`."""
-    rope: dict[str, Any] = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-    rope.setdefault("rope_theta", config.get("rope_theta", 10000.0))
-    rope.setdefault("rope_type", rope.pop("type", "default"))
-    return rope
 
 
 def _checked_layer_ids(ids: Sequence[int], num_layers: int) -> tuple[int, ...]:

@@ -73,6 +73,17 @@ class RopeTable:
         return cos.unsqueeze(2), sin.unsqueeze(2)
 
 
+def rope_parameters(config: Mapping[str, Any]) -> dict[str, Any]:
+    """rope_theta, rope_type and what that type needs, from a config.json.
+
+    Transformers 5 writes them as `rope_parameters`; before it there were `rope_theta` and `rope_scaling`.
+    """
+    rope: dict[str, Any] = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    rope["rope_theta"] = float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0)
+    rope.setdefault("rope_type", rope.pop("type", "default"))
+    return rope
+
+
 def inverse_frequencies(theta: float, head_dim: int, scaling: Mapping[str, Any] | None = None) -> torch.Tensor:
     """float32 [D / 2]; `scaling` is a config's rope dictionary: rope_type default, linear or llama3.
 
@@ -80,7 +91,7 @@ def inverse_frequencies(theta: float, head_dim: int, scaling: Mapping[str, Any] 
     """
     inv_freq = 1.0 / (theta ** (torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim))
     scaling = scaling or {}
-    rope_type = scaling.get("rope_type", scaling.get("type", "default"))
+    rope_type = scaling.get("rope_type", "default")
     if rope_type == "default":
         return inv_freq
     if rope_type == "linear":

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from draft_models.layers import rope_parameters
+
 _INDEX_NAME = "model.safetensors.index.json"
 _SINGLE_NAME = "model.safetensors"
 
@@ -63,7 +65,7 @@ def decoder_config(config: Mapping[str, Any], where: str = "config.json") -> Dec
             f"{where}: architecture {architecture} is not supported; known: {', '.join(_ARCHITECTURES)}"
         )
     _refuse_unsupported(config, where)
-    rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    rope = rope_parameters(config)
     rope.setdefault("original_max_position_embeddings", config.get("max_position_embeddings"))
     attention_bias = bool(config.get("attention_bias", False))
 
@@ -87,7 +89,7 @@ def decoder_config(config: Mapping[str, Any], where: str = "config.json") -> Dec
         qk_norm=architecture == "Qwen3ForCausalLM",
         qkv_bias=architecture == "Qwen2ForCausalLM" or attention_bias,
         o_bias=architecture != "Qwen2ForCausalLM" and attention_bias,
-        rope_theta=float(rope.pop("rope_theta", None) or config.get("rope_theta") or 10000.0),
+        rope_theta=rope.pop("rope_theta"),
         rope_scaling=rope,
     )
 

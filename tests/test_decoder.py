@@ -84,6 +84,9 @@ def test_both_spellings_of_rope_in_the_config(tmp_path: Path) -> None:
     assert new.config.rope_theta == old.config.rope_theta == 500.0
     tokens = torch.arange(12)[None]
     assert torch.equal(run(new, tokens)[0], run(old, tokens)[0])
+    path.write_text(json.dumps(config | {"rope_theta": 500.0, "rope_scaling": {"type": "linear", "factor": 2.0}}))
+    scaled = Decoder.from_hf(tmp_path, torch.float32)
+    assert not torch.equal(run(scaled, tokens)[0], run(old, tokens)[0])
 
 
 @torch.no_grad()
