@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from trainer import demo
 from trainer.cli import main
@@ -30,7 +31,7 @@ def run(*arguments, cwd):
         (["train", "--rollout.temprature", "1"], "did you mean '--rollout.temperature'"),
         (["train", "absent.toml"], "absent.toml: No such file"),
         (["train", "--hf-checkpoint", "absent", "--prompt-data", "p", "--speculative-num-steps=0"], "with EAGLE3"),
-        (["train", "--hf-checkpoint", "absent", "--prompt-data", "p", "--dry-run"], "absent/config.json"),
+        (["train", "--hf-checkpoint", "absent", "--prompt-data", "p", "--dry-run"], "absent: no such folder"),
         (["generate", "--policy", "absent", "--prompt", "x"], "absent"),
         (["make-model", "--out", "m", "--size", "5m"], "did you mean '3m'"),
         (["make-model"], "--out"),
@@ -88,6 +89,36 @@ def test_dry_run_checks_prints_and_writes_nothing(tiny_model, tmp_path, monkeypa
     (tmp_path / "model" / "train.jsonl").write_text('{"prompt": "a", "label": "b"}\nnope\n')
     assert main(arguments) == 2
     assert "train.jsonl line 2: not JSON" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [("--rollout.device=foo", "rollout.device = 'foo'"), ("--rollout.cost_table=absent.json", "no such file")],
+)
+def test_dry_run_sees_what_the_engine_would_refuse(tiny_model, capsys, argument, message):
+    arguments = ["train", "--dry-run", f"--hf-checkpoint={tiny_model}", f"--prompt-data={tiny_model}/train.jsonl"]
+    assert main([*arguments, argument]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_dry_run_opens_the_weights(tiny_model, capsys):
+    arguments = ["train", "--dry-run", f"--hf-checkpoint={tiny_model}", f"--prompt-data={tiny_model}/train.jsonl"]
+    weights = load_file(tiny_model / "model.safetensors")
+    del weights["model.norm.weight"]
+    save_file(weights, tiny_model / "model.safetensors")
+    assert main(arguments) == 2
+    assert "model.norm.weight" in capsys.readouterr().err
+
+
+def test_a_reduced_draft_vocabulary_holds_the_tokens_that_end_a_response(tiny_model):
+    from trainer.config_load import parse_flags
+    from trainer.run import make_draft, read_inputs
+
+    arguments = [f"--hf-checkpoint={tiny_model}", f"--prompt-data={tiny_model}/train.jsonl"]
+    config = load_config(None, parse_flags([*arguments, "--draft.draft-vocab-size=4"])[1])
+    inputs = read_inputs(config)
+    draft = make_draft(config, inputs)
+    assert inputs.eos_token_ids and all(draft.t2d[i] for i in inputs.eos_token_ids)
 
 
 def test_generate_prints_a_text_for_every_sample(tiny_model, capsys):

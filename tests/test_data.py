@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from jinja2 import TemplateError
 
 from trainer.config import ConfigError, DataConfig
 from trainer.data import DataPosition, load_prompts
@@ -31,10 +32,9 @@ def write(tmp_path, *lines):
     return path
 
 
-def load(path, tokenizer=None, max_prompt_len=100, seed=0, **settings):
-    return load_prompts(
-        path, DataConfig(**settings), tokenizer or CharTokenizer(), max_prompt_len=max_prompt_len, seed=seed
-    )
+def load(path, tokenizer=None, max_prompt_len=100, seed=0, vocab_size=None, **settings):
+    limits = {"max_prompt_len": max_prompt_len, "vocab_size": vocab_size}
+    return load_prompts(path, DataConfig(**settings), tokenizer or CharTokenizer(), seed=seed, **limits)
 
 
 GOOD = {"prompt": "ab", "label": "x"}
@@ -77,6 +77,27 @@ def test_a_bad_row_is_named_by_its_line_or_skipped_and_counted(tmp_path, bad, me
     assert "\n" not in str(caught.value)
     data = load(path, skip_bad_rows=True)
     assert len(data) == 2 and data.num_skipped == 1
+
+
+def test_a_token_beyond_the_vocabulary_is_a_bad_row(tmp_path):
+    path = write(tmp_path, GOOD, {"prompt": "az", "label": "x"})
+    assert len(load(path, vocab_size=ord("z") + 1)) == 2
+    with pytest.raises(ConfigError, match=r"line 2: the tokenizer gives token id 122, but .* vocabulary has 122"):
+        load(path, vocab_size=ord("z"))
+    assert load(path, vocab_size=ord("z"), skip_bad_rows=True).num_skipped == 1
+
+
+def test_messages_that_the_chat_template_refuses_are_a_bad_row(tmp_path):
+    class Strict(CharTokenizer):
+        def apply_chat_template(self, conversation, **options):
+            if conversation[0]["role"] == "system":
+                raise TemplateError("System role\nnot supported")
+            return super().apply_chat_template(conversation, **options)
+
+    path = write(tmp_path, GOOD, {"prompt": [{"role": "system", "content": "s"}], "label": "y"})
+    with pytest.raises(ConfigError, match=r"line 2: the chat template refuses .* \(System role not supported\)"):
+        load(path, Strict(), apply_chat_template=True)
+    assert len(load(path, Strict(), apply_chat_template=True, skip_bad_rows=True)) == 1
 
 
 def test_a_file_without_prompts_is_refused(tmp_path):

@@ -93,3 +93,28 @@ def test_a_misspelt_reward_is_refused(user_module, name, message):
     user_module.score = lambda prompt, response, label: 1.0
     with pytest.raises(ConfigError, match=message):
         load_reward(name, Decoder())
+
+
+@pytest.fixture
+def current_folder(tmp_path, monkeypatch):
+    """A folder to run in, with the module path of an installed script, which does not name it."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry])
+    yield tmp_path
+    for name in ("my_rewards_here", "my_broken_rewards"):
+        sys.modules.pop(name, None)
+
+
+def test_a_module_in_the_current_folder_is_found(current_folder):
+    (current_folder / "my_rewards_here.py").write_text("def score(prompt, response, label):\n    return 2.0\n")
+    assert load_reward("my_rewards_here:score", Decoder()).score("p", "r", "l") == 2.0
+
+
+@pytest.mark.parametrize("text", ["def score(:\n", "raise RuntimeError('no\\nway')\n", "import no_such_module_here\n"])
+def test_a_module_that_fails_at_import_is_one_line(current_folder, text):
+    (current_folder / "my_broken_rewards.py").write_text(text)
+    with pytest.raises(
+        ConfigError, match=r"cannot import 'my_broken_rewards' \((Syntax|Runtime|ModuleNotFound)"
+    ) as caught:
+        load_reward("my_broken_rewards:score", Decoder())
+    assert "\n" not in str(caught.value)

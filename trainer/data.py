@@ -9,6 +9,8 @@ from pathlib import Path
 from random import Random
 from typing import Any, Protocol
 
+from jinja2 import TemplateError
+
 from trainer.config import ConfigError, DataConfig
 
 
@@ -93,21 +95,30 @@ class PromptData:
 
 
 def load_prompts(
-    path: str | Path, config: DataConfig, tokenizer: Tokenizer, *, max_prompt_len: int, seed: int
+    path: str | Path,
+    config: DataConfig,
+    tokenizer: Tokenizer,
+    *,
+    max_prompt_len: int,
+    seed: int,
+    vocab_size: int | None = None,
 ) -> PromptData:
     """Read and tokenize every row of a JSONL file.
 
     The prompt is a string, or a list of chat messages {"role": ..., "content": ...}; with
     `apply_chat_template` it goes through the tokenizer's template, a string as one user message. A prompt has
-    at most `max_prompt_len` tokens. `ConfigError` names the file and the line: missing, empty, not JSON, key
-    absent, wrong type, too long. With `skip_bad_rows` bad rows are left out and counted.
+    at most `max_prompt_len` tokens, of ids below the model's `vocab_size` (None = not checked). `ConfigError` names
+    the file and the line: missing, empty, not JSON, key absent, wrong type, too long, refused by the template. With
+    `skip_bad_rows` bad rows are left out and counted.
     """
     path = Path(path)
     _check_template(config, tokenizer)
     rows, num_skipped = [], 0
     for number, line in _lines(path):
         try:
-            rows.append(_row(line, config, tokenizer, max_prompt_len))
+            row = _row(line, config, tokenizer, max_prompt_len)
+            _check_ids(row.token_ids, vocab_size)
+            rows.append(row)
         except _BadRow as bad:
             if not config.skip_bad_rows:
                 raise ConfigError(f"{path} line {number}: {bad}") from None
@@ -118,12 +129,16 @@ def load_prompts(
     return PromptData(tuple(rows), seed, config.rollout_shuffle, num_skipped)
 
 
-def one_prompt(text: str, config: DataConfig, tokenizer: Tokenizer, *, max_prompt_len: int) -> Prompt:
+def one_prompt(
+    text: str, config: DataConfig, tokenizer: Tokenizer, *, max_prompt_len: int, vocab_size: int | None = None
+) -> Prompt:
     """A prompt given as text, as row 0 of a file would be, without a label. `ConfigError` when it does not fit."""
     _check_template(config, tokenizer)
     try:
         text = _prompt_text(text, config, tokenizer)
-        return Prompt(0, 0, text, _tokenize(text, config, tokenizer, max_prompt_len), "")
+        token_ids = _tokenize(text, config, tokenizer, max_prompt_len)
+        _check_ids(token_ids, vocab_size)
+        return Prompt(0, 0, text, token_ids, "")
     except _BadRow as bad:
         raise ConfigError(f"--prompt: {bad}") from None
 
@@ -175,6 +190,14 @@ def _tokenize(text: str, config: DataConfig, tokenizer: Tokenizer, max_prompt_le
     return token_ids
 
 
+def _check_ids(token_ids: tuple[int, ...], vocab_size: int | None) -> None:
+    if vocab_size is not None and max(token_ids) >= vocab_size:
+        raise _BadRow(
+            f"the tokenizer gives token id {max(token_ids)}, but the model's vocabulary has {vocab_size} (vocab_size "
+            "in config.json); tokenizer and weights do not belong together"
+        )
+
+
 def _get(record: dict[str, Any], key: str, flag: str) -> Any:
     if key not in record:
         raise _BadRow(f"key {key!r} is absent; present: {', '.join(map(repr, record))}; {flag} chooses another")
@@ -192,7 +215,10 @@ def _prompt_text(value: Any, config: DataConfig, tokenizer: Tokenizer) -> str:
         messages = value
     else:
         raise _BadRow(f"key {config.input_key!r} must hold a string or a list of messages with role and content")
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    except TemplateError as error:
+        raise _BadRow(f"the chat template refuses the messages ({' '.join(str(error).split())})") from None
 
 
 def _is_chat(value: Any) -> bool:

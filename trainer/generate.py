@@ -14,6 +14,7 @@ from trainer.config import DataConfig, RunConfig
 from trainer.config_check import check_rollout
 from trainer.config_load import Override, load_config
 from trainer.data import Prompt, load_prompts, one_prompt
+from trainer.hf_files import read_config
 from trainer.rollouts import make_requests
 from trainer.serving import build_engine, context_length, load_tokenizer, read_draft
 
@@ -25,7 +26,8 @@ def generate(
     config = _config(draft, overrides)
     tokenizer = load_tokenizer(policy)
     longest = context_length(policy, config.rollout) - 1
-    prompts = _prompts(text, prompt_data, config.data, tokenizer, longest)
+    vocab_size = read_config(policy)["vocab_size"]
+    prompts = _prompts(text, prompt_data, config.data, tokenizer, longest, vocab_size)
     engine = build_engine(policy, config.rollout, None if draft is None else read_draft(draft, policy), tokenizer)
     rollout = config.rollout
     sampling = SamplingParams(
@@ -56,13 +58,15 @@ def _config(draft: Path | None, overrides: Sequence[Override]) -> RunConfig:
 
 
 def _prompts(
-    text: str | None, prompt_data: Path | None, data: DataConfig, tokenizer: Any, longest: int
+    text: str | None, prompt_data: Path | None, data: DataConfig, tokenizer: Any, longest: int, vocab_size: int
 ) -> tuple[Prompt, ...]:
     if prompt_data is None:
-        return (one_prompt(text or "", data, tokenizer, max_prompt_len=longest),)
+        return (one_prompt(text or "", data, tokenizer, max_prompt_len=longest, vocab_size=vocab_size),)
     # Generating needs no label: the prompt's own key stands in, so that files without labels are read too.
     unlabelled = replace(data, label_key=data.input_key)
-    return load_prompts(prompt_data, unlabelled, tokenizer, max_prompt_len=longest, seed=0).first()
+    return load_prompts(
+        prompt_data, unlabelled, tokenizer, max_prompt_len=longest, seed=0, vocab_size=vocab_size
+    ).first()
 
 
 def summary(samples: Sequence[Sample], elapsed_s: float, algorithm: str) -> str:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import math
+import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Real
@@ -75,7 +77,8 @@ class Reward:
 def load_reward(name: str, tokenizer: Tokenizer) -> Reward:
     """The reward of that name, found and imported now so that a misspelling stops the run early.
 
-    `exact`, `math`, or `MODULE:FUNCTION`, a function (prompt, response, label) -> float of three texts.
+    `exact`, `math`, or `MODULE:FUNCTION`, a function (prompt, response, label) -> float of three texts. The module may
+    lie in the current folder.
     """
     if name in BUILT_IN:
         if name == "math" and importlib.util.find_spec("math_verify") is None:
@@ -85,10 +88,13 @@ def load_reward(name: str, tokenizer: Tokenizer) -> Reward:
     if not (module_name and colon and function_name):
         known = ", ".join(BUILT_IN)
         raise ConfigError(f"data.reward {name!r} is unknown{nearest(name, BUILT_IN)}; give {known} or MODULE:FUNCTION")
+    if not {"", os.getcwd()} & set(sys.path):
+        sys.path.append(os.getcwd())  # an installed script's path has its own folder instead
     try:
         module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise ConfigError(f"data.reward {name!r}: cannot import {module_name!r} ({error})") from error
+    except Exception as error:  # the user's own code runs here
+        why = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise ConfigError(f"data.reward {name!r}: cannot import {module_name!r} ({why})") from error
     function = getattr(module, function_name, None)
     if not callable(function):
         suggestion = nearest(function_name, vars(module))

@@ -32,8 +32,9 @@ from trainer.config import ConfigError, RunConfig
 from trainer.data import DataPosition, Prompt, PromptData, load_prompts
 from trainer.distributed import init_distributed, rank, world_size
 from trainer.draft_learner import DraftLearner, DraftSettings
-from trainer.hf_files import read_config
+from trainer.hf_files import HFWeights, read_config
 from trainer.megatron_policy import CaptureSpec, MegatronPolicy
+from trainer.megatron_settings import rope_settings, transformer_settings
 from trainer.metrics import MetricsWriter, PhaseClock, read_metrics
 from trainer.progress import Progress
 from trainer.report import write_report
@@ -41,7 +42,7 @@ from trainer.resume_check import check_resumed, flat_settings
 from trainer.rewards import Reward, load_reward
 from trainer.rollouts import Rollout
 from trainer.run_dir import RunDir, check_run_dir, cut_metrics, make_run_dir
-from trainer.serving import build_engine, context_length, load_tokenizer, read_draft
+from trainer.serving import build_engine, context_length, device_of, eos_token_ids, load_tokenizer, read_draft
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +55,7 @@ class Inputs:
     prompts: PromptData
     eval_prompts: tuple[Prompt, ...]
     reward: Reward
+    eos_token_ids: tuple[int, ...]
 
 
 @dataclass
@@ -170,20 +172,41 @@ def check_folder(config: RunConfig) -> RunDir:
 
 
 def read_inputs(config: RunConfig) -> Inputs:
-    """Read prompts, tokenizer and reward. Raises ConfigError for anything missing or wrong; writes nothing."""
+    """Read prompts, tokenizer, reward and the weights' names and shapes.
+
+    Raises ConfigError for anything missing or wrong; writes nothing.
+    """
     folder = Path(config.policy.hf_checkpoint)
     hf_config = read_config(folder)
+    check_policy(config, folder, hf_config)
     tokenizer = load_tokenizer(folder)
     longest = context_length(folder, config.rollout) - 1
     data = config.data
-    prompts = load_prompts(data.prompt_data, data, tokenizer, max_prompt_len=longest, seed=config.seed)
-    held_out: tuple[Prompt, ...] = ()
-    if config.eval_interval:
-        if not data.eval_prompt_data:
-            raise ConfigError("eval_interval is set but data.eval_prompt_data is not: give --eval-prompt-data FILE")
-        eval_data = load_prompts(data.eval_prompt_data, data, tokenizer, max_prompt_len=longest, seed=config.seed)
-        held_out = eval_data.first(data.num_eval_prompts)
-    return Inputs(folder, hf_config, tokenizer, prompts, held_out, load_reward(data.reward, tokenizer))
+
+    def load(path: str) -> PromptData:
+        return load_prompts(
+            path, data, tokenizer, max_prompt_len=longest, seed=config.seed, vocab_size=hf_config["vocab_size"]
+        )
+
+    return Inputs(
+        folder,
+        hf_config,
+        tokenizer,
+        prompts=load(data.prompt_data),
+        eval_prompts=load(data.eval_prompt_data).first(data.num_eval_prompts) if config.eval_interval else (),
+        reward=load_reward(data.reward, tokenizer),
+        eos_token_ids=eos_token_ids(folder, tokenizer),
+    )
+
+
+def check_policy(config: RunConfig, folder: Path, hf_config: dict[str, Any]) -> None:
+    """ConfigError for an architecture, weights, a reference or a device that the run would refuse later."""
+    device_of(config.rollout)
+    HFWeights(folder)
+    transformer_settings(hf_config)
+    rope_settings(hf_config)
+    if config.algorithm.use_kl_loss and config.policy.ref_load:
+        HFWeights(Path(config.policy.ref_load))
 
 
 def make_draft(config: RunConfig, inputs: Inputs) -> Eagle3 | None:
@@ -201,13 +224,17 @@ def make_draft(config: RunConfig, inputs: Inputs) -> Eagle3 | None:
 
 
 def _draft_vocabulary(sizes: Eagle3Config, inputs: Inputs) -> torch.Tensor | None:
-    """With a reduced vocabulary: the tokens most frequent in the prompts' labels, which is what answers look like."""
+    """With a reduced vocabulary: the tokens most frequent in prompts and labels, which is what answers look like.
+
+    The tokens that end a response are always in it, though no prompt holds them.
+    """
     if not sizes.is_reduced:
         return None
     counts_V = torch.zeros(sizes.vocab_size, dtype=torch.int64)
     for row in inputs.prompts.rows:
         ids = torch.tensor([*row.token_ids, *inputs.tokenizer.encode(row.label)])
-        counts_V += torch.bincount(ids, minlength=sizes.vocab_size)
+        counts_V += torch.bincount(ids, minlength=sizes.vocab_size)[: sizes.vocab_size]
+    counts_V[[i for i in inputs.eos_token_ids if i < sizes.vocab_size]] = counts_V.max() + 1
     return choose_draft_vocab(counts_V, sizes.draft_vocab_size)
 
 
