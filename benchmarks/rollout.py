@@ -2,8 +2,8 @@
 
 All arms run in one process, one after another within each seed, the first place rotating. A seed chooses prompts and
 random numbers; ratios are of tokens per second, paired by seed. Of an arm with k draft tokens and rule R:
-tau, the tokens per verify, counts the bonus token; S is the speed against plain decoding; S/tau is what of tau turned
-into speed.
+tau, the tokens emitted per verify, counts the bonus token; S is the speed against plain decoding; S/tau is what of tau
+turned into speed.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,8 @@ from rollout_engine.types import RolloutRequest, Sample, SamplingParams, SpecSta
 from trainer.metrics import length_metrics, running_by_time, running_from_finishes, speculation_metrics
 
 ARMS = ("none", "eagle3", "ngram", "hf")
+SPECULATIVE_ARMS = ("eagle3", "ngram")
+COST_TABLE_BUDGET_S = 5.0  # of measuring a cost table that is kept
 NUM_TIME_BINS = 12
 MEASURED_SAMPLES = 32  # responses whose entropy and E[max p] are computed
 
@@ -111,30 +113,40 @@ def response_length(row: Sequence[int], eos_token_ids: Sequence[int]) -> int:
     return ends[0] + 1 if ends else len(row)
 
 
-def make_arms(
-    args: argparse.Namespace, policy: BenchPolicy, draft: Eagle3 | None, batch_size: int
-) -> dict[str, Callable[[int], ArmRun]]:
-    base = RolloutConfig(
+def arm_engine(
+    args: argparse.Namespace, policy: BenchPolicy, draft: Eagle3 | None, name: str, batch_size: int
+) -> TorchEngine:
+    config = RolloutConfig(
         max_running_requests=batch_size,
         dtype=args.dtype,
         device=args.device,
-        speculative_algorithm="NONE",
+        speculative_algorithm=name.upper(),
         speculative_num_steps=args.k,
         verify_rule=args.rule,
         controller=args.controller,
     )
-    engines = {
-        "none": lambda: make_engine(policy, base),
-        "eagle3": lambda: make_engine(policy, replace(base, speculative_algorithm="EAGLE3"), draft),
-        "ngram": lambda: make_engine(policy, replace(base, speculative_algorithm="NGRAM")),
-    }
+    return make_engine(policy, config, draft if name == "eagle3" else None)
+
+
+def save_cost_table(args: argparse.Namespace, policy: BenchPolicy, draft: Eagle3 | None) -> None:
+    """Measure decode steps up to the largest batch size and `args.k` drafts, for `rollout.cost_table`."""
+    name = next(name for name in SPECULATIVE_ARMS if name in args.spec)
+    engine = arm_engine(args, policy, draft, name, max(args.batch_sizes))
+    args.save_cost_table.parent.mkdir(parents=True, exist_ok=True)
+    engine.measure_costs(COST_TABLE_BUDGET_S).save(args.save_cost_table)
+    engine.close()
+
+
+def make_arms(
+    args: argparse.Namespace, policy: BenchPolicy, draft: Eagle3 | None, batch_size: int
+) -> dict[str, Callable[[int], ArmRun]]:
     work = partial(work_of, args, policy, batch_size)
     arms: dict[str, Callable[[int], ArmRun]] = {}
     for name in args.spec:
         if name == "hf":
             arms[name] = lambda seed: run_hf(policy, work(seed), batch_size)
         else:
-            arms[name] = engine_arm(engines[name](), work)
+            arms[name] = engine_arm(arm_engine(args, policy, draft, name, batch_size), work)
     return arms
 
 
@@ -158,23 +170,37 @@ def trained_draft(args: argparse.Namespace, policy: BenchPolicy) -> Eagle3:
     return train_draft(policy, capture(policy, samples, layers), config, args.train_draft_steps)
 
 
+def emitted_per_verify(samples: Sequence[Sample]) -> float | None:
+    """tau from the tokens really emitted, so without a bonus token behind the end of a text; None without proposals.
+
+    A response's first token comes from its prefill, and every decode step without a proposal emits one.
+    """
+    spec = sum((sample.spec for sample in samples), SpecStats())
+    if spec.num_verify_steps == 0:
+        return None
+    decoded = sum(len(sample.token_ids) - 1 for sample in samples)
+    return (decoded - (spec.num_decode_steps - spec.num_verify_steps)) / spec.num_verify_steps
+
+
 def arm_row(name: str, runs: Sequence[ArmRun], plain: Sequence[ArmRun] | None) -> dict[str, Any]:
     """One arm at one batch size; ratios are there when plain decoding was measured too."""
     lengths = [n for run in runs for n in run.lengths]
-    spec = sum((s.spec for run in runs for s in run.samples), SpecStats())
+    samples = [sample for run in runs for sample in run.samples]
+    spec, tau = sum((sample.spec for sample in samples), SpecStats()), emitted_per_verify(samples)
     row: dict[str, Any] = {
         "arm": name,
         "tokens_per_s": statistics.fmean(run.tokens_per_s for run in runs),
         "tokens_per_s_by_seed": [run.tokens_per_s for run in runs],
         "makespan_s": statistics.fmean(run.seconds for run in runs),
         **length_metrics(lengths),
-        **(speculation_metrics(spec) if runs[0].samples else {}),
+        **(speculation_metrics(spec) if samples else {}),
+        **({"tau": tau} if tau else {}),
     }
     if plain is not None and name != "none":
         ratio = paired_ratio([run.tokens_per_s for run in runs], [run.tokens_per_s for run in plain])
         row |= {"speed_vs_plain": ratio}
-        if "accept_length" in row:
-            row |= {"speed_over_tau": ratio.mean / row["accept_length"]}
+        if tau:
+            row |= {"speed_over_tau": ratio.mean / tau}
     return row
 
 
@@ -212,7 +238,7 @@ def show(out: Console, rows: Sequence[dict[str, Any]], args: argparse.Namespace,
         table.add_column(head, justify="left" if head == "arm" else "right", no_wrap=True)
     for row in rows:
         optional = [
-            f"{row['accept_length']:.2f}" if "accept_length" in row else "",
+            f"{row['tau']:.2f}" if "tau" in row else "",
             f"{row['speed_over_tau']:.2f}" if "speed_over_tau" in row else "",
         ]
         table.add_row(
@@ -244,6 +270,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add_policy_options(parser)
     parser.add_argument("--draft", type=Path, help="folder of an EAGLE-3 draft")
     parser.add_argument("--save-draft", type=Path, help="keep the draft trained here in this folder")
+    parser.add_argument(
+        "--save-cost-table", type=Path, help="measure and keep a rollout.cost_table, of eagle3 or else of ngram"
+    )
     parser.add_argument("--train-draft-steps", type=int, default=200, help="without --draft: train one so long")
     parser.add_argument("--train-draft-samples", type=int, default=256, help="rollouts that it is trained on")
     parser.add_argument("--train-draft-lr", type=float, default=2e-3)
@@ -264,6 +293,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     unknown = [name for name in args.spec if name not in ARMS]
     if unknown:
         parser.error(f"--spec: unknown arm {unknown[0]!r}; arms: {', '.join(ARMS)}")
+    if args.save_cost_table and not set(SPECULATIVE_ARMS) & set(args.spec):
+        parser.error("--save-cost-table needs the arm eagle3 or ngram in --spec")
     return args
 
 
@@ -278,6 +309,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         draft = draft.to(policy.decoder.dtype).to(policy.decoder.device)
         if args.save_draft:
             save_draft(draft, args.save_draft)
+    if args.save_cost_table:
+        save_cost_table(args, policy, draft)
     rows = [row for batch_size in args.batch_sizes for row in measure(args, policy, draft, batch_size)]
     show(console(), rows, args, policy)
     shared = {

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks import common, draft, rollout, step, sync
+from rollout_engine.speculation import CostTable
+from rollout_engine.types import FinishReason, RolloutRequest, Sample, SpecStats
 from trainer.make_model import MakeModelConfig, make_model
 
 
@@ -53,17 +55,43 @@ def test_a_transformers_response_ends_with_its_first_end_of_sequence():
     assert rollout.response_length([5, 6, 7], (0,)) == 3
 
 
-def test_rollout_compares_all_arms(policy_dir: Path, tmp_path: Path):
+def test_tau_leaves_out_the_bonus_token_behind_the_end_of_a_text():
+    def sample(num_tokens: int, num_accepted: int, num_plain_steps: int) -> Sample:
+        spec = SpecStats(1 + num_plain_steps, 1, (0, 0, 1), (1, 1), (1, num_accepted - 1))
+        return Sample(RolloutRequest(0, 0, (1,)), (7,) * num_tokens, (), (), FinishReason.STOP, spec)
+
+    whole = sample(1 + 3 + 1, num_accepted=2, num_plain_steps=1)  # prefill, two drafts and a bonus, a plain step
+    cut = sample(1 + 2, num_accepted=2, num_plain_steps=0)  # the second draft was the end
+    assert rollout.emitted_per_verify([whole]) == whole.spec.accept_length == 3.0
+    assert rollout.emitted_per_verify([cut]) == 2.0 < cut.spec.accept_length
+    assert rollout.emitted_per_verify([whole, cut]) == 2.5
+
+
+def test_rollout_compares_all_arms(policy_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(rollout, "COST_TABLE_BUDGET_S", 0.0)
     results = tmp_path / "rollout.jsonl"
     arguments = f"--policy {policy_dir} --results {results} --batch-sizes 2 --seeds 2 --waves 2 --max-new-tokens 12"
-    rollout.main([*arguments.split(), "--train-draft-steps", "2", "--train-draft-samples", "8"])
+    rollout.main(
+        [
+            *arguments.split(),
+            "--train-draft-steps",
+            "2",
+            "--train-draft-samples",
+            "8",
+            "--save-cost-table",
+            str(tmp_path / "new" / "costs.json"),
+        ]
+    )
     rows = {row["arm"]: row for row in result_lines(results)}
     assert set(rows) == set(rollout.ARMS)
     for row in rows.values():
         assert {"command", "hardware", "commit", "date", "rule", "target_entropy"} <= set(row)
         assert len(row["tokens_per_s_by_seed"]) == 2 and "SYNTHETIC" in row["policy_note"]
     eagle = rows["eagle3"]
-    assert eagle["speed_over_tau"] == pytest.approx(eagle["speed_vs_plain"]["mean"] / eagle["accept_length"])
+    assert eagle["speed_over_tau"] == pytest.approx(eagle["speed_vs_plain"]["mean"] / eagle["tau"])
+    assert 1.0 <= eagle["tau"] <= eagle["accept_length"]
+    table = CostTable.load(tmp_path / "new" / "costs.json")
+    assert table.batches == (1, 2) and table.max_depth == 3
     assert "accept_length" not in rows["none"] and "speed_vs_plain" not in rows["none"]
 
 
@@ -71,6 +99,9 @@ def test_a_wrong_arm_or_policy_is_one_line(tmp_path: Path, capsys: pytest.Captur
     with pytest.raises(SystemExit):
         rollout.main(["--policy", "x", "--spec", "eagle4"])
     assert "unknown arm 'eagle4'" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        rollout.main(["--policy", "x", "--spec", "none", "--save-cost-table", "t.json"])
+    assert "--save-cost-table needs the arm eagle3 or ngram" in capsys.readouterr().err
     with pytest.raises(SystemExit) as exit_:
         common.run(lambda: rollout.main(["--policy", str(tmp_path)]))
     said = capsys.readouterr().err
