@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from sync.atomic import ASIDE
 from tests.policy_helpers import (
     assert_same_gradients,
     hf_model,
@@ -253,6 +254,7 @@ def test_saved_folder_loads_in_transformers(checkpoint, tmp_path):
     (checkpoint / "tokenizer.json").write_text("{}")
     policy = make_policy(checkpoint)
     policy.update(rollout())
+    (tmp_path / f"{ASIDE}policy").mkdir()  # what a killed writer left
     for _ in range(2):  # the second replaces the first
         policy.save_hf(tmp_path / "policy")
     assert (tmp_path / "policy" / "tokenizer.json").exists()

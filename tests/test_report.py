@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -180,3 +181,16 @@ def test_progress_on_a_terminal_and_its_summary_show_the_metrics():
 def test_a_step_without_speculation_or_reward_is_shown():
     assert plain_line({"step": 0, "tokens_per_s": 10.0}, 1) == "step 1/1 | tok/s 10"
     assert sparkline([], 8) == "" and sparkline([1.0], 8) == "▁" and sparkline([0, 1, 2], 2) == "▁█"
+
+
+def test_a_report_that_cannot_be_written_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    path = write_report(make_run(tmp_path, LINES))
+    old = path.read_text()
+
+    def full_disk(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        write_report(make_run(tmp_path, LINES[:1]))
+    assert path.read_text() == old
