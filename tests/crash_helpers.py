@@ -33,8 +33,11 @@ def exit_code(target: Callable[..., object], *args: object) -> int | None:
     return process.exitcode
 
 
-def die_at(call: int) -> None:
-    """From here on this process kills itself at its n-th call that touches the disk."""
+def die_at(call: int) -> list[int]:
+    """From here on this process kills itself at its n-th call that touches the disk (never at a negative one).
+
+    Returns the count of such calls so far, as a list of one number that grows.
+    """
     calls = [0]
 
     def dying(function: Callable[..., object]) -> Callable[..., object]:
@@ -49,3 +52,4 @@ def die_at(call: int) -> None:
     for name in ("fsync", "rename", "replace", "mkdir", "unlink", "rmdir"):
         setattr(os, name, dying(getattr(os, name)))
     torch.save = dying(torch.save)
+    return calls

@@ -86,6 +86,15 @@ def run_and_die(config: RunConfig, call: int) -> None:
     run(config)
 
 
+def run_and_count(config: RunConfig, count_file: Path) -> None:
+    """In a process of its own: an unbroken run, and how many calls of it touch the disk."""
+    make_model.PRESETS["tiny"] = TINY
+    calls = die_at(-1)
+    run(config)
+    count = calls[0]
+    count_file.write_text(str(count))
+
+
 def metrics(folder: Path) -> list[dict[str, Any]]:
     """The metrics lines without their times and rates, which differ from run to run."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

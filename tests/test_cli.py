@@ -73,6 +73,16 @@ def test_a_full_disk_is_one_line(monkeypatch, capsys):
     assert capsys.readouterr().err == "slipstream: error: runs/demo/policy: No space left on device\n"
 
 
+@pytest.mark.parametrize("there_before", [False, True])
+def test_train_ends_the_process_group_that_it_started(monkeypatch, there_before):
+    state = {"on": there_before}
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: state["on"])
+    monkeypatch.setattr("torch.distributed.destroy_process_group", lambda: state.update(on=False))
+    monkeypatch.setattr("trainer.run.train", lambda config: state.update(on=True) or 0)
+    assert main(["train", "--hf-checkpoint=m", "--prompt-data=p"]) == 0
+    assert state["on"] is there_before
+
+
 @pytest.fixture
 def tiny_model(tmp_path, monkeypatch):
     monkeypatch.setitem(PRESETS, "3m", Shape(32, 7, 2, 1, 16, 48))

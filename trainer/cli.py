@@ -127,7 +127,12 @@ def _start(config: RunConfig, *, dry_run: bool) -> int:
             print(f"slipstream: warning: {warning}", file=sys.stderr)
     if dry_run:
         return import_module("trainer.dry_run").dry_run(config)
-    return import_module("trainer.run").train(config)
+    distributed = import_module("torch.distributed")
+    was_there = distributed.is_initialized()
+    status = import_module("trainer.run").train(config)
+    if distributed.is_initialized() and not was_there:
+        distributed.destroy_process_group()  # here and not in `train`, which one process may call for several runs
+    return status
 
 
 def _add_demo(commands, name: str) -> None:
