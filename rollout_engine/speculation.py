@@ -45,6 +45,10 @@ class CostTable:
         low_s, high_s = self.step_s[high - 1][depth], self.step_s[high][depth]
         return low_s + (high_s - low_s) * (batch - low_batch) / (high_batch - low_batch)
 
+    def scaled(self, factors: Sequence[float]) -> CostTable:
+        """With every depth's seconds multiplied by its factor."""
+        return CostTable(self.batches, tuple(tuple(map(float.__mul__, row, factors)) for row in self.step_s))
+
     def save(self, path: Path) -> None:
         path.write_text(json.dumps(asdict(self), indent=1) + "\n")
 
@@ -174,15 +178,25 @@ _FIRST_PROBE = 32  # plain steps before the first probe; the pause doubles with 
 _LAST_PROBE = 1024
 _PROBE_ROWS = 4
 _MIN_GAIN = 1.05  # what the table leaves out, and errors of its figures, must not turn a promised gain into a loss
+_COST_RATE = 0.05  # weight of one step in the running factor of its depth
+_FORGET_RATE = 0.002
+_MAX_RATIO = 3.0  # a step that was interrupted says nothing about its depth
 _NEW_WEIGHTS_FADE = 0.25  # how much old acceptance says about new weights
 
 
 class DepthController:
-    """Plans each decode step. Without a cost table it always drafts `max_depth` tokens."""
+    """Plans each decode step. Without a cost table it always drafts `max_depth` tokens.
 
-    def __init__(self, max_depth: int, table: CostTable | None) -> None:
+    A table measured at the start knows a step alone; what surrounds it in a rollout (commits, cold caches) is learnt
+    while decoding, as one factor a depth, when `learns_costs`. A given table is taken at its word: with it, timing
+    decides nothing.
+    """
+
+    def __init__(self, max_depth: int, table: CostTable | None, *, learns_costs: bool = False) -> None:
         self.table = table
         self._max_depth = max_depth
+        self._learns_costs = learns_costs
+        self._factors = [1.0] * (max_depth + 1)
         self._tracker = AcceptanceTracker(max_depth)
         self._num_plain_steps = 0
         self._probe_after = _FIRST_PROBE
@@ -191,7 +205,8 @@ class DepthController:
         """For the next step of `batch` rows."""
         if self.table is None:
             return SpecPlan(self._max_depth, batch)
-        depth = choose_depth(self.table, batch, self._tracker.rates(), self._max_depth, _MIN_GAIN)
+        table = self.table.scaled(self._factors) if self._learns_costs else self.table
+        depth = choose_depth(table, batch, self._tracker.rates(), self._max_depth, _MIN_GAIN)
         if depth > 0:
             self._num_plain_steps, self._probe_after = 0, _FIRST_PROBE
             return SpecPlan(depth, batch)
@@ -205,6 +220,15 @@ class DepthController:
         """Accepted drafts of the planned rows; a row for which nothing could be proposed accepted none."""
         self._tracker.observe(plan.depth, num_accepted)
 
+    def observe_seconds(self, plan: SpecPlan, batch: int, seconds: float) -> None:
+        """How long a step of `batch` rows took as a whole."""
+        if self._learns_costs and self.table is not None and plan.num_rows in (0, batch):
+            ratio = min(seconds / self.table.seconds(batch, plan.depth), _MAX_RATIO)
+            self._factors[plan.depth] += _COST_RATE * (ratio - self._factors[plan.depth])
+            if plan.depth == 0:  # what is not tried is forgotten: the first steps of a depth are slow and say too much
+                plain = self._factors[0]
+                self._factors[1:] = [f + _FORGET_RATE * (plain - f) for f in self._factors[1:]]
+
     def new_weights(self) -> None:
         """Policy and draft have changed, perhaps for the better."""
         self._tracker.fade(_NEW_WEIGHTS_FADE)
@@ -214,6 +238,7 @@ class DepthController:
         """For a checkpoint; JSON-able."""
         return {
             "table": asdict(self.table) if self.table else None,
+            "factors": list(self._factors),
             "tracker": self._tracker.state(),
             "num_plain_steps": self._num_plain_steps,
             "probe_after": self._probe_after,
@@ -225,4 +250,5 @@ class DepthController:
             return
         self._tracker.load_state(state["tracker"])
         self.table = CostTable.from_dict(state["table"]) if state["table"] else None
+        self._factors = list(state["factors"])
         self._num_plain_steps, self._probe_after = state["num_plain_steps"], state["probe_after"]

@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from time import perf_counter
 
 import torch
 
@@ -80,7 +81,7 @@ class TorchEngine:
         table = None
         if self._max_depth and config.controller == "adaptive" and config.cost_table:
             table = load_cost_table(Path(config.cost_table), self._max_depth)
-        self._controller = DepthController(self._max_depth, table)
+        self._controller = DepthController(self._max_depth, table, learns_costs=not config.cost_table)
         self._prefixes = PrefixCache(decoder, self._eagle, self._numerics)
         self._rows: list[Row] = []
         self._sampling: RowSampling | None = None  # of the present rows; None when they have changed
@@ -230,11 +231,14 @@ class TorchEngine:
         if self._sampling is None:
             params = [row.request.sampling for row in rows]
             self._sampling = RowSampling.of(params, self._rule, self._decoder.device)
-        plan = self._controller.plan(len(rows)) if self._max_depth else SpecPlan(0, 0)
+        num_rows, start_s = len(rows), perf_counter()
+        plan = self._controller.plan(num_rows) if self._max_depth else SpecPlan(0, 0)
         emitted, proposal = self._decode(rows, self._sampling, plan)
         if plan.depth:
             self._controller.observe(plan, emitted.num_accepted[: plan.num_rows])
-        return self._commit(range(len(rows)), emitted, proposal.num_drafts if proposal else [0] * len(rows))
+        samples = self._commit(range(num_rows), emitted, proposal.num_drafts if proposal else [0] * num_rows)
+        self._controller.observe_seconds(plan, num_rows, perf_counter() - start_s)
+        return samples
 
     def _decode(self, rows: list[Row], sampling: RowSampling, plan: SpecPlan) -> tuple[Emitted, Proposal | None]:
         """Every row's last token and its drafts through the target; as many tokens out as stand."""

@@ -144,3 +144,21 @@ def test_fixed_controller_always_drafts() -> None:
     controller = DepthController(3, None)
     controller.observe(SpecPlan(3, 2), [0, 0])
     assert controller.plan(100) == SpecPlan(3, 100)
+
+
+def test_costs_of_a_rollout_are_learnt_when_the_table_was_measured() -> None:
+    """The table promises a gain that real steps do not keep: drafting stops, and is tried again much later."""
+    flat = CostTable((1, 32), ((1.0, 1.1, 1.2, 1.3),) * 2)
+    learning, trusting = DepthController(3, flat, learns_costs=True), DepthController(3, flat)
+    plans = []
+    for _ in range(400):
+        for controller in (learning, trusting):
+            plan = controller.plan(8)
+            controller.observe(plan, [min(plan.depth, 2)] * plan.num_rows)
+            controller.observe_seconds(plan, 8, 1.0 if plan.depth == 0 else 4.0)
+        plans.append(plan.depth)
+    assert learning.plan(8).depth == 0
+    assert min(plans) > 0  # a given table is taken at its word
+    restored = DepthController(3, None, learns_costs=True)
+    restored.load_state(learning.state())
+    assert restored.plan(8) == learning.plan(8)
