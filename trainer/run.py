@@ -15,6 +15,7 @@ from draft_models.eagle3 import DraftError, Eagle3, Eagle3Config, choose_draft_v
 from draft_models.types import VerifyRule
 from rollout_engine.torch_engine import TorchEngine
 from rollout_engine.types import SamplingParams
+from sync.atomic import whole_folder
 from sync.inprocess import InProcessTransport
 from sync.publish import SyncReport
 from trainer import loop
@@ -159,7 +160,8 @@ class Run:
         """Policy and draft in Hugging Face form under the run's folder."""
         self.policy.save_hf(self.directory.policy)
         if self.learner is not None and rank() == world_size() - 1:
-            save_draft(self.learner.draft, self.directory.draft)
+            with whole_folder(self.directory.draft) as folder:
+                save_draft(self.learner.draft, folder)
 
 
 def check_folder(config: RunConfig) -> RunDir:
