@@ -140,6 +140,6 @@ def test_evaluation_leaves_the_depth_controller_alone(monkeypatch: pytest.Monkey
         return {"eval_reward": 1.0}
 
     monkeypatch.setattr(loop, "evaluate", evaluate)
-    before = controller.acceptance
+    before = controller.state()
     assert loop.after_step(run, 0) == {"eval_reward": 1.0}
-    assert controller.acceptance == before
+    assert controller.state() == before
