@@ -42,7 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _fail(message: str) -> int:
-    print(f"slipstream: error: {' '.join(message.split())}", file=sys.stderr)
+    if os.environ.get("RANK", "0") == "0":  # ranks agree on errors: one line is enough
+        print(f"slipstream: error: {' '.join(message.split())}", file=sys.stderr)
     return _BAD_INPUT
 
 

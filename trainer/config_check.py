@@ -158,6 +158,8 @@ def _check_schedule(config: RunConfig) -> None:
 
 
 def _check_sources(config: RunConfig) -> None:
+    if not config.name or config.name in (".", "..") or "/" in config.name:
+        raise ConfigError(f"name = {config.name!r}: it must be one folder's name; run_dir says where that folder lies")
     if not config.policy.hf_checkpoint:
         raise ConfigError("policy.hf_checkpoint is not set: give --hf-checkpoint DIR")
     if not config.data.prompt_data:

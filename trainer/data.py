@@ -172,8 +172,8 @@ def _row(line: str, config: DataConfig, tokenizer: Tokenizer, max_prompt_len: in
         raise _BadRow(f"not JSON ({error.msg} at column {error.colno})") from None
     if not isinstance(record, dict):
         raise _BadRow(f"expected a JSON object, got {type(record).__name__}")
-    label = _get(record, config.label_key, "--label-key")
     text = _prompt_text(_get(record, config.input_key, "--input-key"), config, tokenizer)
+    label = _get(record, config.label_key, "--label-key")
     token_ids = _tokenize(text, config, tokenizer, max_prompt_len)
     return _Row(text, token_ids, label if isinstance(label, str) else json.dumps(label))
 

@@ -57,7 +57,9 @@ def roll_out(run: Run, step: int) -> Rollout:
     plain = None
     if config.plain_probe_interval and step % config.plain_probe_interval == 0:
         with run.clock("probe"):
-            plain = generate(run.engine.without_speculation(), requests, config.rollout.max_running_requests)
+            twin = run.engine.without_speculation()
+            plain = generate(twin, requests, config.rollout.max_running_requests)
+            twin.close()
     return Rollout(scored, plain)
 
 

@@ -127,7 +127,10 @@ def rope_settings(hf_config: Mapping[str, Any]) -> dict[str, Any]:
         return settings
     if kind == "llama3" and all(rope.get(key) == value for key, value in _LLAMA3_ROPE.items()):
         return settings | {"rope_scaling": True, "rope_scaling_factor": rope["factor"]}
-    raise ConfigError(f"config.json: rope scaling {rope} is not supported by Megatron-core; use default or Llama 3's")
+    if kind == "llama3":
+        wrong = {key: rope.get(key) for key, value in _LLAMA3_ROPE.items() if rope.get(key) != value}
+        raise ConfigError(f"config.json: rope settings {wrong}: Megatron-core computes llama3 with {_LLAMA3_ROPE} only")
+    raise ConfigError(f"config.json: rope_type {kind!r} is not supported by Megatron-core; use default or llama3")
 
 
 def transformer_settings(hf_config: Mapping[str, Any]) -> dict[str, Any]:

@@ -65,7 +65,7 @@ class Reward:
         """The finite reward of one response. `RewardError` when the function raises or gives anything else."""
         try:
             value = self.function(prompt, response, label)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             sample = _show(prompt, response, label)
             raise RewardError(f"reward {self.name} raised {type(error).__name__}: {error}; {sample}") from error
         if not isinstance(value, Real) or not math.isfinite(value):
@@ -96,7 +96,11 @@ def load_reward(name: str, tokenizer: Tokenizer) -> Reward:
         why = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise ConfigError(f"data.reward {name!r}: cannot import {module_name!r} ({why})") from error
     function = getattr(module, function_name, None)
-    if not callable(function):
+    if function is not None and not callable(function):
+        raise ConfigError(
+            f"data.reward {name!r}: {function_name!r} is not callable; expected a function of three texts"
+        )
+    if function is None:
         suggestion = nearest(function_name, vars(module))
         raise ConfigError(f"data.reward {name!r}: {module_name} has no function {function_name!r}{suggestion}")
     return Reward(name, function, tokenizer)

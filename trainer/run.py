@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -285,6 +286,16 @@ def train(config: RunConfig) -> int:
     if rank() != 0:
         loop.train(run)
         return 0
+    try:
+        return _train_on_first_rank(config, run)
+    except (ValueError, RuntimeError):
+        # A run that finished no step (a reward that fails at once, say) leaves nothing in the way of the next try.
+        if run.next_step == 0 and not config.resume:
+            shutil.rmtree(run.directory.path)
+        raise
+
+
+def _train_on_first_rank(config: RunConfig, run: Run) -> int:
     done = read_metrics(run.directory.metrics_file) if run.next_step else []
     resumed_at = run.next_step if config.resume else None
     with Progress(config.num_rollout, str(run.directory.path), lines=done) as progress:

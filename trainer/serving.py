@@ -27,9 +27,13 @@ DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The checkpoint's tokenizer. Raises ConfigError naming the folder when there is none or it is corrupt."""
     from transformers import AutoTokenizer
+    from transformers.utils import logging
 
-    if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer_config.json", "vocab.json")):
+    if not folder.is_dir():
+        raise ConfigError(f"{folder}: no such folder; give a Hugging Face checkpoint folder")
+    if not any((folder / name).exists() for name in ("tokenizer.json", "vocab.json", "tokenizer.model")):
         raise ConfigError(f"{folder}: no tokenizer (tokenizer.json); save the policy's tokenizer beside its weights")
+    logging.set_verbosity_error()  # a prompt that is too long is told in this project's own words
     try:
         return AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, KeyError) as error:
