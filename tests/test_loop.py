@@ -97,8 +97,8 @@ def test_forecast_sees_a_draft_that_was_not_synced(config: Config, monkeypatch: 
     folder = helpers.run(
         config("stale", num_rollout=8, rollout__verify_rule="coupled", draft__lr=3e-2, data__rollout_batch_size=6)
     )
-    last = helpers.metrics(folder)[-1]
-    assert abs(last["predicted_accept_length"] - last["accept_length"]) > 0.05
+    gaps = [abs(line["predicted_accept_length"] - line["accept_length"]) for line in helpers.metrics(folder)]
+    assert gaps[0] < 0.1 and max(gaps) > 0.5  # in step 0 the draft is the one that was sent
 
 
 def test_resume_equals_an_unbroken_run(unbroken: Path, config: Config) -> None:
