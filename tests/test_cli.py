@@ -28,6 +28,7 @@ def run(*arguments, cwd):
     ("arguments", "message"),
     [
         (["trian"], "did you mean 'train'"),
+        (["--dry-run"], "unknown command '--dry-run'"),
         (["train", "--rollout.temprature", "1"], "did you mean '--rollout.temperature'"),
         (["train", "absent.toml"], "absent.toml: No such file"),
         (["train", "--hf-checkpoint", "absent", "--prompt-data", "p", "--speculative-num-steps=0"], "with EAGLE3"),

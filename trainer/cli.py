@@ -53,7 +53,7 @@ def _dispatch(argv: list[str]) -> int:
         parser.print_help()
         return 0
     names = [name for name, _ in _COMMANDS]
-    if not argv[0].startswith("-") and argv[0] not in names:
+    if argv[0] not in (*names, "-h", "--help"):
         raise ConfigError(f"unknown command {argv[0]!r}{nearest(argv[0], names)}; commands: {', '.join(names)}")
     namespace, rest = parser.parse_known_args(argv)
     return namespace.run(namespace, rest)
