@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
 class RolloutConfig:
     """Speculative keys carry SGLang's flag names. `verify_rule` applies at temperature > 0; at 0 it is greedy."""
 
-    engine: str = "torch"
+    engine: str = "torch"  # torch: embedded, CPU or one GPU; sglang: an SGLang server
     max_running_requests: int = 32  # KV slots
     context_length: int = 0  # prompt + response; 0 = the checkpoint's max_position_embeddings
     dtype: str = "float32"
@@ -18,6 +19,7 @@ class RolloutConfig:
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
+    min_p: float = 0.0  # SGLang only; its verification ignores it, so with speculation it is refused
     max_response_len: int = 128
     stop: tuple[str, ...] = ()
     speculative_algorithm: str = "EAGLE3"  # EAGLE3 | NGRAM | NONE
@@ -30,3 +32,12 @@ class RolloutConfig:
     cost_table: str = ""  # JSON file of measured step costs; "" = measure at start
     ngram_min_match: int = 2
     ngram_max_match: int = 8
+    # SGLang alone
+    allow_lossy: bool = False  # accept settings under which the samples do not have the policy's distribution
+    offload: bool = False  # give KV and weights back while the policy trains; both models are published again
+    sglang_address: str = ""  # http://HOST:PORT of an engine that runs already; "" = start one
+    sglang_python: str = ""  # interpreter of the environment that holds SGLang; "" = this one
+    sglang_start_timeout_s: float = 600.0
+    sync_transport: str = "auto"  # ipc: same machine | disk: a shared folder | broadcast: NCCL or gloo; auto = ipc
+    sync_dir: str = ""  # folder that trainer and engine both see, for disk and for an engine elsewhere
+    sglang: dict[str, Any] = field(default_factory=dict)  # server flags, verbatim: mem_fraction_static = 0.3

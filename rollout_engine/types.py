@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
-    from sync.receiver import WeightReceiver
+    from sync.publish import Transport
 
 
 class EngineError(RuntimeError):
@@ -140,13 +140,32 @@ class Sample:
 
 
 class RolloutEngine(Protocol):
-    """Requests in, samples out as they finish."""
+    """Requests in, samples out as they finish. One `generate` at a time."""
 
     @property
-    def receiver(self) -> WeightReceiver: ...
+    def transport(self) -> Transport:
+        """The way for new weights of policy and draft into this engine: what `sync.publish` sends through."""
 
-    def generate(self, requests: Iterable[RolloutRequest]) -> Iterator[Sample]: ...
+    def generate(self, requests: Iterable[RolloutRequest]) -> Iterator[Sample]:
+        """Samples as they finish, in no fixed order. BadRequest before any work; EngineError when it cannot serve."""
 
-    def abort(self, keys: Iterable[tuple[int, int]] | None = None) -> None: ...
+    def abort(self, keys: Iterable[tuple[int, int]] | None = None) -> None:
+        """Finish requests early, all of them by default: each still yields what it has so far."""
+
+    def warm_up(self) -> None:
+        """Do now what the first requests would otherwise wait for (measurements, compilation)."""
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint has to hold of the engine (its depth controller); {} when there is nothing."""
+
+    def load_state(self, state: dict[str, Any]) -> None: ...
+
+    def without_speculation(self) -> RolloutEngine:
+        """An engine over the same weights that decodes plainly; the caller closes it after use."""
+
+    def offload(self) -> None:
+        """Give accelerator memory back while the policy trains; nothing is served until `onload` and a sync."""
+
+    def onload(self) -> None: ...
 
     def close(self) -> None: ...
