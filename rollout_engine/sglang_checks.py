@@ -1,0 +1,202 @@
+"""What an SGLang server cannot do for a run, found from the settings alone. Pure; the trainer and the engine both ask.
+
+Facts about SGLang that the rules rest on: while verifying it ignores seeds and min_p; acceptance thresholds below 1
+keep tokens that the policy would have rejected; its rejection rule needs a draft over the whole vocabulary.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from rollout_engine.config import RolloutConfig
+from rollout_engine.types import EngineConfigError
+
+TRANSPORTS = ("auto", "ipc", "disk", "broadcast")
+
+# Settings that only mean something to an SGLang server.
+_SGLANG_ONLY = (
+    "min_p",
+    "allow_lossy",
+    "offload",
+    "sglang_address",
+    "sglang_python",
+    "sglang_start_timeout_s",
+    "sync_transport",
+    "sync_dir",
+    "sglang",
+)
+
+# Settings that only mean something to the embedded engine, and what does their work in SGLang.
+_TORCH_ONLY = {
+    "batch_invariant": "--sglang-enable-deterministic-inference (without speculation)",
+    "cost_table": "--sglang-speculative-adaptive with --sglang-speculative-adaptive-config FILE",
+    "ngram_min_match": "--sglang-speculative-ngram-match-type and its siblings",
+    "ngram_max_match": "--sglang-speculative-ngram-max-trie-depth",
+}
+
+# Server flags that the engine sets from a setting with a name of its own.
+_OWN_SETTING = {
+    **{
+        name: f"rollout.{name}"
+        for name in (
+            "max_running_requests",
+            "context_length",
+            "dtype",
+            "device",
+            "speculative_algorithm",
+            "speculative_num_steps",
+            "speculative_eagle_topk",
+            "speculative_num_draft_tokens",
+            "speculative_draft_model_path",
+        )
+    },
+    "speculative_use_rejection_sampling": "rollout.verify_rule",
+    "enable_memory_saver": "rollout.offload",
+    "model_path": "policy.hf_checkpoint",
+}
+
+_PARALLEL = (
+    ("tp_size", "tensor_parallel_size"),
+    ("dp_size", "data_parallel_size"),
+    ("pp_size", "pipeline_parallel_size"),
+    ("nnodes",),
+)
+
+_THRESHOLDS = ("speculative_accept_threshold_single", "speculative_accept_threshold_acc")
+
+
+def check_sglang(config: RolloutConfig) -> list[str]:
+    """Warnings, one line each, for settings that are to run in SGLang. Raises EngineConfigError for impossible ones."""
+    _check_translation(config)
+    _check_server_flags(config.sglang)
+    _check_connection(config)
+    if config.verify_rule == "coupled":
+        raise EngineConfigError(
+            "rollout.verify_rule = 'coupled' needs seeds, which SGLang ignores while verifying: use 'rejection' or "
+            "'target_only', or rollout.engine = 'torch'"
+        )
+    lossy = lossy_settings(config)
+    if lossy and not config.allow_lossy:
+        raise EngineConfigError(
+            f"{lossy[0]}; leave it out, or accept samples that do not follow the policy's law with --allow-lossy"
+        )
+    return _warnings(config)
+
+
+def check_torch(config: RolloutConfig) -> None:
+    """Raises EngineConfigError for a setting that the embedded engine would silently leave aside."""
+    default = RolloutConfig()
+    for name in _SGLANG_ONLY:
+        value = getattr(config, name)
+        if value != getattr(default, name):
+            shown = f"rollout.{name} = {value!r}" if name != "sglang" else f"[rollout.sglang] {next(iter(value))}"
+            raise EngineConfigError(
+                f"{shown} is for SGLang alone: add --engine sglang, or leave it out for rollout.engine = 'torch'"
+            )
+
+
+def check_draft_vocabulary(config: RolloutConfig, is_reduced: bool) -> None:
+    """Raises EngineConfigError for a draft over part of the vocabulary under SGLang's rejection rule."""
+    if config.speculative_algorithm == "EAGLE3" and config.verify_rule == "rejection" and is_reduced:
+        raise EngineConfigError(
+            "rollout.verify_rule = 'rejection' in SGLang needs a draft over the whole vocabulary, this one has a part "
+            "of it (d2t): set draft.draft_vocab_size = 0, or rollout.verify_rule = 'target_only'"
+        )
+
+
+def uses_seeds(config: RolloutConfig) -> bool:
+    """Whether SGLang draws each request's tokens from the seed that comes with it."""
+    return config.speculative_algorithm == "NONE" and bool(config.sglang.get("enable_deterministic_inference"))
+
+
+def lossy_settings(config: RolloutConfig) -> list[str]:
+    """Settings under which speculation in SGLang does not keep the policy's law, each with the reason; [] when none."""
+    if config.speculative_algorithm == "NONE":
+        return []
+    found = []
+    if config.min_p > 0:
+        found.append(f"rollout.min_p = {config.min_p} with speculation: SGLang applies it to the first token only")
+    for name in _THRESHOLDS:
+        threshold = config.sglang.get(name, 1.0)
+        if not _is_number(threshold) or threshold < 1:
+            found.append(
+                f"rollout.sglang.{name} = {threshold!r} with speculation: below 1.0 SGLang keeps draft tokens that the "
+                "policy would reject"
+            )
+    return found
+
+
+def _check_translation(config: RolloutConfig) -> None:
+    default = RolloutConfig()
+    for name, instead in _TORCH_ONLY.items():
+        if getattr(config, name) != getattr(default, name):
+            raise EngineConfigError(
+                f"rollout.{name} = {getattr(config, name)!r} is for the embedded engine alone; with SGLang: {instead}"
+            )
+    if config.dtype == "float64":
+        raise EngineConfigError("rollout.dtype = 'float64': SGLang has no float64; use 'float32' or 'bfloat16'")
+    if config.device not in ("auto", "cpu", "cuda"):
+        raise EngineConfigError(
+            f"rollout.device = {config.device!r}: with SGLang give auto, cpu or cuda, and --sglang-base-gpu-id N for "
+            "another GPU than the first"
+        )
+    if not 0 <= config.min_p < 1:
+        raise EngineConfigError(f"rollout.min_p = {config.min_p}: it must be at least 0 (off) and below 1")
+
+
+def _check_server_flags(flags: Mapping[str, Any]) -> None:
+    for name in flags:
+        if name in _OWN_SETTING:
+            raise EngineConfigError(f"rollout.sglang.{name} has a setting of its own: use {_OWN_SETTING[name]}")
+    for names in _PARALLEL:
+        for name in names:
+            if flags.get(name, 1) != 1:
+                raise EngineConfigError(
+                    f"rollout.sglang.{name} = {flags[name]!r}: an engine over several GPUs is not built yet; leave it "
+                    "out (1)"
+                )
+
+
+def _check_connection(config: RolloutConfig) -> None:
+    if config.sync_transport not in TRANSPORTS:
+        raise EngineConfigError(
+            f"rollout.sync_transport = {config.sync_transport!r} is unknown; use one of {', '.join(TRANSPORTS)}"
+        )
+    if config.sglang_address and not re.fullmatch(r"https?://[^/\s:]+:\d+", config.sglang_address):
+        raise EngineConfigError(
+            f"rollout.sglang_address = {config.sglang_address!r}: expected http://HOST:PORT, as slipstream serve prints"
+        )
+    needs = None
+    if config.sync_transport == "disk":
+        needs = "rollout.sync_transport = 'disk'"
+    elif config.sglang_address:
+        needs = f"rollout.sglang_address = {config.sglang_address!r}"
+    if needs and not config.sync_dir:
+        raise EngineConfigError(
+            f"{needs} needs a folder that trainer and engine both see: give --update-weight-disk-dir DIR "
+            "(rollout.sync_dir)"
+        )
+    if not config.sglang_start_timeout_s > 0:
+        raise EngineConfigError(
+            f"rollout.sglang_start_timeout_s = {config.sglang_start_timeout_s}: it must be above 0 seconds"
+        )
+
+
+def _warnings(config: RolloutConfig) -> list[str]:
+    warnings = [f"{line}: samples do not follow the policy's law (--allow-lossy)" for line in lossy_settings(config)]
+    speculates = config.speculative_algorithm != "NONE"
+    if speculates and config.controller == "adaptive" and not config.sglang.get("speculative_adaptive"):
+        warnings.append(
+            f"rollout.controller = 'adaptive': SGLang always drafts {config.speculative_num_steps} tokens (say "
+            "--rollout.controller fixed), unless --sglang-speculative-adaptive lets it choose by its own table"
+        )
+    if not uses_seeds(config):
+        why = "SGLang ignores seeds while verifying" if speculates else "SGLang uses no seeds as it is set"
+        warnings.append(f"{why}: two equal runs differ, and the metrics say reproducible = false")
+    return warnings
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
