@@ -9,7 +9,7 @@ from typing import Protocol
 
 import torch
 
-from sync.checksum import checksum
+from sync.checksum import checksums
 from sync.plan import SyncError, SyncPlan
 from sync.receiver import Bundle
 
@@ -63,7 +63,7 @@ def make_bundle(
     sources = {f"policy.{name}": tensor for name, tensor in policy.items()}
     sources |= {f"draft.{name}": tensor for name, tensor in (draft or {}).items()}
     tensors = {name: _cast(plan, name, tensor.detach()) for name, tensor in sources.items()}
-    return Bundle(version, plan.digest, tensors, {name: checksum(tensor) for name, tensor in tensors.items()})
+    return Bundle(version, plan.digest, tensors, checksums(tensors))
 
 
 def _cast(plan: SyncPlan, full_name: str, tensor: torch.Tensor) -> torch.Tensor:

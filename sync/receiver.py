@@ -6,12 +6,12 @@ State machine: clean(v) --refused--> clean(v);  clean(v) --receive--> clean(v');
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from sync.checksum import checksum
+from sync.checksum import checksums
 from sync.plan import DEFAULT_BUCKET_BYTES, SyncError, SyncPlan, TensorSpec, make_plan
 
 _FAULTS_SHOWN = 3
@@ -30,8 +30,9 @@ class Bundle:
 class WeightReceiver:
     """Writes bundles into the tensors that the engine computes with, in place, so that views and ties stay.
 
-    `destinations` maps "policy.NAME" / "draft.NAME" to those tensors. The engine calls `require_clean()`
-    before it decodes and never receives while it decodes.
+    `destinations` maps "policy.NAME" / "draft.NAME" to those tensors. `fixed` are tensors of the plan that the engine
+    cannot change while it runs: they must arrive equal and are not written. `dirty` is an engine whose weights are of
+    no known version. The engine calls `require_clean()` before it decodes and never receives while it decodes.
     """
 
     def __init__(
@@ -39,11 +40,15 @@ class WeightReceiver:
         destinations: Mapping[str, torch.Tensor],
         version: int = 0,
         bucket_bytes: int = DEFAULT_BUCKET_BYTES,
+        *,
+        fixed: Mapping[str, torch.Tensor] | None = None,
+        dirty: bool = False,
     ) -> None:
-        self.destinations = dict(destinations)
-        self.plan: SyncPlan = make_plan(self.destinations, bucket_bytes)
+        self.destinations = dict(sorted(destinations.items()))  # in the order of the plan
+        self.plan: SyncPlan = make_plan(self.destinations | dict(fixed or {}), bucket_bytes)
+        self._fixed_checksums = checksums(fixed or {})
         self._version = version
-        self._dirty = False
+        self._dirty = dirty
 
     @property
     def version(self) -> int:
@@ -66,32 +71,40 @@ class WeightReceiver:
         Raises SyncError naming the tensors. Refused before the first copy: nothing has changed. Failed after
         it: `dirty` is set, and stays so until a later bundle arrives whole.
         """
-        faults = list(find_faults(self.plan, bundle, self._version))
+        faults = [*find_faults(self.plan, bundle, self._version), *self._fixed_faults(bundle)]
         if faults:
-            raise SyncError(f"sync of version {bundle.version} refused: {_join(faults)}; {self._serving()}")
+            raise SyncError(f"sync of version {bundle.version} refused: {join_faults(faults)}; {self._serving()}")
         self._dirty = True  # before the first byte, so that no kind of interruption leaves a mixture looking clean
-        for spec in self.plan.tensors:
-            self._copy(spec, bundle)
-        for spec in self.plan.tensors:
-            self._verify_written(spec, bundle)
+        with torch.inference_mode():  # destinations may be parameters, or themselves inference tensors
+            for name, destination in self.destinations.items():
+                self._copy(name, destination, bundle)
+        self._verify_written(bundle)
         self._version, self._dirty = bundle.version, False
         return self._version
 
-    def _copy(self, spec: TensorSpec, bundle: Bundle) -> None:
+    def read_back(self) -> dict[str, int]:
+        """Checksums of the tensors as they are now, by full name, `fixed` ones included."""
+        return checksums(self.destinations) | self._fixed_checksums
+
+    def _fixed_faults(self, bundle: Bundle) -> Iterator[str]:
+        for name, expected in self._fixed_checksums.items():
+            if name in bundle.tensors and bundle.checksums.get(name) != expected:
+                yield f"{name} is not the engine's, which cannot change while it runs (restart it with the new one)"
+
+    def _copy(self, name: str, destination: torch.Tensor, bundle: Bundle) -> None:
         try:
-            with torch.inference_mode():  # destinations may be parameters, or themselves inference tensors
-                self.destinations[spec.full_name].copy_(bundle.tensors[spec.full_name])
+            destination.copy_(bundle.tensors[name])
         except RuntimeError as error:
             raise SyncError(
-                f"sync of version {bundle.version} broke off while writing {spec.full_name}: {error}; {self._serving()}"
+                f"sync of version {bundle.version} broke off while writing {name}: {error}; {self._serving()}"
             ) from error
 
-    def _verify_written(self, spec: TensorSpec, bundle: Bundle) -> None:
-        if checksum(self.destinations[spec.full_name]) != bundle.checksums[spec.full_name]:
-            raise SyncError(
-                f"sync of version {bundle.version}: {spec.full_name} reads back other bytes than were sent; "
-                f"{self._serving()}"
-            )
+    def _verify_written(self, bundle: Bundle) -> None:
+        for name, found in self.read_back().items():
+            if found != bundle.checksums[name]:
+                raise SyncError(
+                    f"sync of version {bundle.version}: {name} reads back other bytes than were sent; {self._serving()}"
+                )
 
     def _serving(self) -> str:
         if self._dirty:
@@ -100,36 +113,41 @@ class WeightReceiver:
 
 
 def find_faults(plan: SyncPlan, bundle: Bundle, serving_version: int) -> Iterator[str]:
-    """Why `bundle` may not be applied, one line per fault, in the order of the plan. Changes nothing."""
+    """Why `bundle` may not be applied, one line per fault, layout first. Changes nothing."""
     if bundle.version <= serving_version:
         yield f"version {bundle.version} is not newer than version {serving_version}"
         return
-    names_agree = True
-    for extra in sorted(bundle.tensors.keys() - plan.by_name.keys()):
-        names_agree = False
-        yield f"{extra} is not a tensor of this engine"
-    for spec in plan.tensors:
-        tensor = bundle.tensors.get(spec.full_name)
-        if tensor is None:
-            names_agree = False
-            yield f"{spec.full_name} is missing"
-        else:
-            yield from _tensor_faults(spec, tensor, bundle.checksums.get(spec.full_name))
-    if names_agree and bundle.plan_digest != plan.digest:
+    yield from layout_faults(plan, bundle.tensors)
+    fitting = {spec.full_name: bundle.tensors[spec.full_name] for spec in plan.tensors if _fits(spec, bundle.tensors)}
+    for name, found in checksums(fitting).items():
+        if name not in bundle.checksums:
+            yield f"{name} came without a checksum"
+        elif found != bundle.checksums[name]:
+            yield f"{name} was changed on the way (checksum differs)"
+    if bundle.tensors.keys() == plan.by_name.keys() and bundle.plan_digest != plan.digest:
         yield f"the sender's plan {bundle.plan_digest[:12]} is not this engine's plan {plan.digest[:12]}"
 
 
-def _tensor_faults(spec: TensorSpec, tensor: torch.Tensor, sent_checksum: int | None) -> Iterator[str]:
-    if tuple(tensor.shape) != spec.shape:
-        yield f"{spec.full_name} has shape {list(tensor.shape)}, expected {list(spec.shape)}"
-    elif tensor.dtype != spec.dtype:
-        yield f"{spec.full_name} is {tensor.dtype}, expected {spec.dtype}"
-    elif sent_checksum is None:
-        yield f"{spec.full_name} came without a checksum"
-    elif checksum(tensor) != sent_checksum:
-        yield f"{spec.full_name} was changed on the way (checksum differs)"
+def layout_faults(plan: SyncPlan, tensors: Mapping[str, torch.Tensor]) -> Iterator[str]:
+    """In which names, shapes and dtypes `tensors` are not those of the plan, one line per fault."""
+    for extra in sorted(tensors.keys() - plan.by_name.keys()):
+        yield f"{extra} is not a tensor of this engine"
+    for spec in plan.tensors:
+        tensor = tensors.get(spec.full_name)
+        if tensor is None:
+            yield f"{spec.full_name} is missing"
+        elif tuple(tensor.shape) != spec.shape:
+            yield f"{spec.full_name} has shape {list(tensor.shape)}, expected {list(spec.shape)}"
+        elif tensor.dtype != spec.dtype:
+            yield f"{spec.full_name} is {tensor.dtype}, expected {spec.dtype}"
 
 
-def _join(faults: list[str]) -> str:
+def _fits(spec: TensorSpec, tensors: Mapping[str, torch.Tensor]) -> bool:
+    tensor = tensors.get(spec.full_name)
+    return tensor is not None and tuple(tensor.shape) == spec.shape and tensor.dtype == spec.dtype
+
+
+def join_faults(faults: Sequence[str]) -> str:
+    """The first few faults in one line, and how many more there are."""
     shown = "; ".join(faults[:_FAULTS_SHOWN])
     return shown if len(faults) <= _FAULTS_SHOWN else f"{shown}; and {len(faults) - _FAULTS_SHOWN} more"
