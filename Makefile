@@ -2,8 +2,9 @@
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
+SGLANG_VENV := .venv-sglang
 
-.PHONY: setup demo test test-slow test-gpu lint format clean
+.PHONY: setup demo test test-slow test-gpu test-sglang setup-sglang lint format clean
 
 setup: $(VENV)/.installed
 
@@ -17,13 +18,24 @@ demo: setup
 	$(BIN)/slipstream demo
 
 test: setup lint
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	$(BIN)/python -m pytest -m "not slow and not gpu and not sglang"
 
 test-slow: setup
-	$(BIN)/python -m pytest -m "slow and not gpu"
+	$(BIN)/python -m pytest -m "slow and not gpu and not sglang"
 
 test-gpu: setup
 	$(BIN)/python -m pytest -m gpu
+
+# A real SGLang server on the CPU, in an environment of its own: it pins other versions than the trainer.
+setup-sglang: $(SGLANG_VENV)/.installed
+
+$(SGLANG_VENV)/.installed: requirements-sglang-cpu.txt
+	$(PYTHON) -m venv $(SGLANG_VENV)
+	$(SGLANG_VENV)/bin/pip install --quiet --no-compile --no-deps --requirement requirements-sglang-cpu.txt
+	touch $@
+
+test-sglang: setup setup-sglang
+	$(BIN)/python -m pytest -m sglang tests/sglang
 
 lint: setup
 	$(BIN)/ruff format --check .
@@ -35,4 +47,4 @@ format: setup
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) $(SGLANG_VENV) build *.egg-info
