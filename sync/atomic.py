@@ -17,15 +17,17 @@ ASIDE = ".aside-"  # readers look for other names, so they never see these
 _REPLACED = f"{ASIDE}replaced-"
 
 
-def write_file(path: Path, content: str) -> None:
-    """Create or replace `path` with UTF-8 `content`."""
+def write_file(path: Path, content: str, durable: bool = True) -> None:
+    """Create or replace `path` with UTF-8 `content`; not `durable`: whole for readers, but lost with the power."""
     aside = path.with_name(ASIDE + path.name)
     with open(aside, "w", encoding="utf-8") as file:
         file.write(content)
         file.flush()
-        os.fsync(file.fileno())
+        if durable:
+            os.fsync(file.fileno())
     os.replace(aside, path)
-    fsync(path.parent)
+    if durable:
+        fsync(path.parent)
 
 
 def begin_folder(final: Path) -> Path:

@@ -1,3 +1,4 @@
+# mypy: disable-error-code="import-not-found,no-untyped-def"
 """The row hashes of `sync.checksum` in one launch over tensors wherever they lie. Triton; CUDA only.
 
 In eager torch, hundreds of tensors cost either thousands of launches or two more passes over the memory (gathering them

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -21,6 +23,7 @@ from safetensors.torch import save_file
 from sync.atomic import remove_folder, whole_folder, write_file
 from sync.plan import SyncError, SyncPlan
 from sync.receiver import Bundle, WeightReceiver
+from sync.wire import Deliver
 
 MANIFEST = "manifest.json"
 _VERSION_FOLDER = re.compile(r"version_\d{6,}")
@@ -42,27 +45,59 @@ class DiskTransport:
 
     def send(self, bundle: Bundle) -> int:
         """Raises SyncError when the disk or the engine refuses. A refused version is not left lying on the disk."""
-        folder = version_folder(self.directory, bundle.version)
+        carrier = DiskCarrier(self.directory, self.plan, self.keep_last)
+        source = carrier.put(bundle)
+        try:
+            serving = self.notify(Path(source["folder"]))
+        except SyncError:
+            carrier.settle(accepted=False)
+            raise
+        carrier.settle(accepted=True)
+        return serving
+
+
+class DiskCarrier:
+    """Writes each version under `directory` for an engine that is told the folder; keeps the newest `keep_last`."""
+
+    def __init__(self, directory: Path, plan: SyncPlan, keep_last: int = 2) -> None:
+        self._directory = directory
+        self._plan = plan
+        self._keep_last = keep_last
+        self._folder: Path | None = None
+
+    def put(self, bundle: Bundle) -> Mapping[str, Any]:
+        """Write one version; where it is. Raises SyncError with nothing written."""
+        folder = version_folder(self._directory, bundle.version)
         if folder.exists():
             raise SyncError(
                 f"sync of version {bundle.version}: {folder} exists already (remove what an earlier run left); "
                 "the old version serves on"
             )
         try:
-            write_version(folder, self.plan, bundle)
+            write_version(folder, self._plan, bundle)
         except (OSError, SafetensorError) as error:  # safetensors wraps the operating system's errors
             raise SyncError(
                 f"sync of version {bundle.version}: {folder} not written: {error}; the engine was not told, "
                 "its old version serves on"
             ) from error
-        try:
-            serving = self.notify(folder)
-        except SyncError:
-            remove_folder(folder)
-            raise
-        for old in list_versions(self.directory)[: -self.keep_last]:
-            remove_folder(old)
-        return serving
+        self._folder = folder
+        return {"kind": "disk", "folder": str(folder)}
+
+    def send(self, deliver: Deliver, payload: bytes) -> None:
+        deliver(payload)
+
+    def settle(self, accepted: bool) -> None:
+        """Remove the version when it was refused, and what it made old when it was not."""
+        if not accepted and self._folder is not None:
+            remove_folder(self._folder)
+        elif accepted:
+            for old in list_versions(self._directory)[: -self._keep_last]:
+                remove_folder(old)
+        self._folder = None
+
+    def close(self) -> None:
+        """Remove the versions: the engine has taken over what it wanted of them."""
+        shutil.rmtree(self._directory, ignore_errors=True)
 
 
 def version_folder(directory: Path, version: int) -> Path:
@@ -101,10 +136,15 @@ def write_version(folder: Path, plan: SyncPlan, bundle: Bundle) -> None:
 
 def receive_folder(receiver: WeightReceiver, folder: Path) -> int:
     """Read one version and hand it to `receiver`. Raises SyncError naming file or tensor; then nothing changed."""
+    return receiver.receive(read_version(folder))
+
+
+def read_version(folder: Path) -> Bundle:
+    """One version from the disk, on the CPU, as the sender named it. Raises SyncError naming file or tensor."""
     version, plan_digest, entries = _read_manifest(folder / MANIFEST)
     tensors = {name: _read_tensor(folder / file, name) for name, (file, _) in entries.items()}
     checksums = {name: sent for name, (_, sent) in entries.items()}
-    return receiver.receive(Bundle(version, plan_digest, tensors, checksums))
+    return Bundle(version, plan_digest, tensors, checksums)
 
 
 def _read_manifest(path: Path) -> tuple[int, str, dict[str, tuple[str, int]]]:

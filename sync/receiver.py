@@ -49,6 +49,7 @@ class WeightReceiver:
         self._fixed_checksums = checksums(fixed or {})
         self._version = version
         self._dirty = dirty
+        self._read_back: dict[str, int] = {}
 
     @property
     def version(self) -> int:
@@ -63,7 +64,7 @@ class WeightReceiver:
     def require_clean(self) -> None:
         """Raise SyncError when the tensors are a mixture of versions."""
         if self._dirty:
-            raise SyncError(f"weights are a mixture of versions: {self._serving()}")
+            raise SyncError(f"weights are a mixture of versions: {self.serving()}")
 
     def receive(self, bundle: Bundle) -> int:
         """Take over `bundle` whole and return its version.
@@ -73,7 +74,7 @@ class WeightReceiver:
         """
         faults = [*find_faults(self.plan, bundle, self._version), *self._fixed_faults(bundle)]
         if faults:
-            raise SyncError(f"sync of version {bundle.version} refused: {join_faults(faults)}; {self._serving()}")
+            raise SyncError(f"sync of version {bundle.version} refused: {join_faults(faults)}; {self.serving()}")
         self._dirty = True  # before the first byte, so that no kind of interruption leaves a mixture looking clean
         with torch.inference_mode():  # destinations may be parameters, or themselves inference tensors
             for name, destination in self.destinations.items():
@@ -82,9 +83,14 @@ class WeightReceiver:
         self._version, self._dirty = bundle.version, False
         return self._version
 
-    def read_back(self) -> dict[str, int]:
-        """Checksums of the tensors as they are now, by full name, `fixed` ones included."""
-        return checksums(self.destinations) | self._fixed_checksums
+    @property
+    def read_back(self) -> Mapping[str, int]:
+        """Checksums by full name of what the engine held after the last copy, `fixed` tensors included."""
+        return self._read_back
+
+    def serving(self) -> str:
+        """The end of an error: what the engine serves now."""
+        return describe_serving(self._version, self._dirty)
 
     def _fixed_faults(self, bundle: Bundle) -> Iterator[str]:
         for name, expected in self._fixed_checksums.items():
@@ -96,20 +102,23 @@ class WeightReceiver:
             destination.copy_(bundle.tensors[name])
         except RuntimeError as error:
             raise SyncError(
-                f"sync of version {bundle.version} broke off while writing {name}: {error}; {self._serving()}"
+                f"sync of version {bundle.version} broke off while writing {name}: {error}; {self.serving()}"
             ) from error
 
     def _verify_written(self, bundle: Bundle) -> None:
-        for name, found in self.read_back().items():
+        self._read_back = checksums(self.destinations) | self._fixed_checksums
+        for name, found in self._read_back.items():
             if found != bundle.checksums[name]:
                 raise SyncError(
-                    f"sync of version {bundle.version}: {name} reads back other bytes than were sent; {self._serving()}"
+                    f"sync of version {bundle.version}: {name} reads back other bytes than were sent; {self.serving()}"
                 )
 
-    def _serving(self) -> str:
-        if self._dirty:
-            return f"the engine is dirty and serves nothing until a complete sync (last whole version {self._version})"
-        return f"version {self._version} serves on"
+
+def describe_serving(version: int, dirty: bool) -> str:
+    """What an engine serves, as the end of an error."""
+    if dirty:
+        return f"the engine is dirty and serves nothing until a complete sync (last whole version {version})"
+    return f"version {version} serves on"
 
 
 def find_faults(plan: SyncPlan, bundle: Bundle, serving_version: int) -> Iterator[str]:

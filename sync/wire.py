@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 LOADER = "sync.loader.load"  # the dotted path under which an engine finds the loader
@@ -52,6 +53,7 @@ class Verdict:
     error: str | None = None
     tensors: Sequence[tuple[str, Sequence[int], str]] = ()  # attach: full name, shape, dtype ("bfloat16") of each
     checksums: Mapping[str, int] = field(default_factory=dict)  # apply: of the engine's own tensors, read back
+    loader_s: float = 0.0  # apply: from the last model's call to here
 
     def encode(self) -> bytes:
         return json.dumps(asdict(self)).encode()
@@ -59,3 +61,8 @@ class Verdict:
     @staticmethod
     def decode(payload: bytes) -> Verdict:
         return Verdict(**json.loads(payload))
+
+
+def verdict_path(message: Message) -> Path:
+    """Where the loader writes its verdict on `message`: the file appears whole or not at all."""
+    return Path(message.reply_dir, f"verdict-{message.id}.json")
