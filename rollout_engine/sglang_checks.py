@@ -30,10 +30,9 @@ _SGLANG_ONLY = (
 
 # Settings that only mean something to the embedded engine, and what does their work in SGLang.
 _TORCH_ONLY = {
-    "batch_invariant": "--sglang-enable-deterministic-inference (without speculation)",
-    "cost_table": "--sglang-speculative-adaptive with --sglang-speculative-adaptive-config FILE",
-    "ngram_min_match": "--sglang-speculative-ngram-match-type and its siblings",
-    "ngram_max_match": "--sglang-speculative-ngram-max-trie-depth",
+    "batch_invariant": "give --sglang-enable-deterministic-inference, without speculation",
+    "cost_table": "give --sglang-speculative-adaptive and --sglang-speculative-adaptive-config FILE",
+    "ngram_min_match": "leave it out, there is no shortest match",
 }
 
 # Server flags that the engine sets from a setting with a name of its own.
@@ -44,7 +43,6 @@ _OWN_SETTING = {
             "max_running_requests",
             "context_length",
             "dtype",
-            "device",
             "speculative_algorithm",
             "speculative_num_steps",
             "speculative_eagle_topk",
@@ -52,6 +50,8 @@ _OWN_SETTING = {
             "speculative_draft_model_path",
         )
     },
+    "device": "rollout.device",
+    "base_gpu_id": "rollout.device = 'cuda:N'",
     "speculative_use_rejection_sampling": "rollout.verify_rule",
     "enable_memory_saver": "rollout.offload",
     "model_path": "policy.hf_checkpoint",
@@ -106,11 +106,6 @@ def check_draft_vocabulary(config: RolloutConfig, is_reduced: bool) -> None:
         )
 
 
-def uses_seeds(config: RolloutConfig) -> bool:
-    """Whether SGLang draws each request's tokens from the seed that comes with it."""
-    return config.speculative_algorithm == "NONE" and bool(config.sglang.get("enable_deterministic_inference"))
-
-
 def lossy_settings(config: RolloutConfig) -> list[str]:
     """Settings under which speculation in SGLang does not keep the policy's law, each with the reason; [] when none."""
     if config.speculative_algorithm == "NONE":
@@ -137,11 +132,8 @@ def _check_translation(config: RolloutConfig) -> None:
             )
     if config.dtype == "float64":
         raise EngineConfigError("rollout.dtype = 'float64': SGLang has no float64; use 'float32' or 'bfloat16'")
-    if config.device not in ("auto", "cpu", "cuda"):
-        raise EngineConfigError(
-            f"rollout.device = {config.device!r}: with SGLang give auto, cpu or cuda, and --sglang-base-gpu-id N for "
-            "another GPU than the first"
-        )
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", config.device):
+        raise EngineConfigError(f"rollout.device = {config.device!r} is unknown; use auto, cpu, cuda or cuda:N")
     if not 0 <= config.min_p < 1:
         raise EngineConfigError(f"rollout.min_p = {config.min_p}: it must be at least 0 (off) and below 1")
 
@@ -192,9 +184,11 @@ def _warnings(config: RolloutConfig) -> list[str]:
             f"rollout.controller = 'adaptive': SGLang always drafts {config.speculative_num_steps} tokens (say "
             "--rollout.controller fixed), unless --sglang-speculative-adaptive lets it choose by its own table"
         )
-    if not uses_seeds(config):
-        why = "SGLang ignores seeds while verifying" if speculates else "SGLang uses no seeds as it is set"
-        warnings.append(f"{why}: two equal runs differ, and the metrics say reproducible = false")
+    if config.temperature > 0:
+        warnings.append(
+            "SGLang ignores seeds while verifying, so none are sent: two equal runs differ, and the metrics say "
+            "reproducible = false"
+        )
     return warnings
 
 

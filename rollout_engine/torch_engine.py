@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
+from typing import Any
 
 import torch
 
@@ -29,6 +30,7 @@ from rollout_engine.sampling import Proposal, RowSampling
 from rollout_engine.speculation import CostTable, DepthController, SpecPlan, load_cost_table, measure_steps
 from rollout_engine.stopping import Detokenize, kept_before_stop
 from rollout_engine.types import EngineError, FinishReason, RolloutRequest, Sample
+from sync.inprocess import InProcessTransport
 from sync.plan import SyncError
 from sync.receiver import WeightReceiver
 
@@ -93,6 +95,10 @@ class TorchEngine:
     def receiver(self) -> WeightReceiver:
         return self._receiver
 
+    @property
+    def transport(self) -> InProcessTransport:
+        return InProcessTransport(self._receiver)
+
     def generate(self, requests: Iterable[RolloutRequest]) -> Iterator[Sample]:
         """Samples as they finish, in no fixed order.
 
@@ -116,6 +122,13 @@ class TorchEngine:
     def controller(self) -> DepthController:
         """What chooses the depth; its state belongs into a checkpoint."""
         return self._controller
+
+    def state(self) -> dict[str, Any]:
+        return self._controller.state()
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Raises EngineConfigError when it was saved with another depth."""
+        self._controller.load_state(state)
 
     @torch.inference_mode()
     def measure_costs(self, budget_s: float = 1.0) -> CostTable:
@@ -156,6 +169,14 @@ class TorchEngine:
         plain._receiver, plain._version = self._receiver, self._receiver.version
         plain._cache.reserve(self._cache.capacity)
         return plain
+
+    def offload(self) -> None:
+        """Give the KV memory back; the weights are small beside it and stay. Raises EngineError while generating."""
+        self._require_free()
+        self.close()
+
+    def onload(self) -> None:
+        """Nothing: KV memory grows again as it is needed."""
 
     def close(self) -> None:
         """Give the KV memory back; what is running is dropped."""

@@ -85,6 +85,9 @@ def test_a_missing_recipe_is_named(tmp_path):
         (["--hf-chekpoint", "x"], "did you mean '--hf-checkpoint'"),
         (["--rollout.temprature", "1"], "did you mean '--rollout.temperature'"),
         (["--policy.megatron", "1"], "unknown flag"),
+        (["--rollout.sglang", "1"], "unknown flag"),
+        (["--sglang-", "1"], "unknown flag"),
+        (["--colocate=yes"], "--colocate takes no value"),
         (["--lr"], "--lr needs a value, a number"),
         (["--seed", "1.5"], "--seed '1.5' is of the wrong type, expected a whole number"),
         (["--resume=maybe"], "expected true or false"),
@@ -108,7 +111,6 @@ GOOD = ("--rollout-batch-size=4", "--n-samples-per-prompt=4", *SOURCES)
         (["--n-samples-per-prompt=1"], "a group of 1 has no advantage"),
         (["--num-steps-per-rollout=3"], "do not divide into algorithm.num_steps_per_rollout = 3"),
         (["--deterministic"], "set rollout.controller = 'fixed', or give a measured rollout.cost_table"),
-        (["--rollout.engine=sglang"], "not available yet"),
         (["--rollout.engine=vllm"], "rollout.engine = 'vllm' is unknown"),
         (["--speculative-algorithm=EAGLE"], "did you mean 'EAGLE3'"),
         (["--rollout.verify-rule=rejecton"], "did you mean 'rejection'"),
@@ -145,6 +147,89 @@ def test_impossible_settings_are_refused(arguments, message):
     with pytest.raises(ConfigError, match=message) as caught:
         validate(from_flags(*GOOD, *arguments))
     assert "\n" not in str(caught.value)
+
+
+SGLANG = ("--engine=sglang", "--rollout.controller=fixed")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--rollout.verify-rule=coupled"], "needs seeds, which SGLang ignores while verifying: use 'rejection' or"),
+        (["--enable-deterministic-inference"], "batch_invariant = True is for the embedded engine alone; with SGLang:"),
+        (["--rollout.ngram-min-match=4"], "ngram_min_match = 4 is for the embedded engine alone"),
+        (["--plain-probe-interval=5"], "measure with slipstream bench rollout --engine sglang"),
+        (["--draft.draft-vocab-size=64"], "needs a draft over the whole vocabulary.* draft.draft_vocab_size = 0, or"),
+        (["--dtype=float64"], "SGLang has no float64"),
+        (["--rollout.device=cpu:1"], "use auto, cpu, cuda or cuda:N"),
+        (["--sglang-base-gpu-id=1"], "use rollout.device = 'cuda:N'"),
+        (["--deterministic"], "deterministic = true: SGLang ignores seeds while verifying"),
+        (["--sglang-tp-size=2"], "rollout.sglang.tp_size = 2: an engine over several GPUs is not built yet"),
+        (["--sglang-data-parallel-size=2"], "data_parallel_size = 2: an engine over several"),
+        (["--sglang-model-path=x"], "rollout.sglang.model_path has a setting of its own: use policy.hf_checkpoint"),
+        (["--rollout.sglang.dtype=half"], "has a setting of its own: use rollout.dtype"),
+        (["--rollout.min-p=0.1"], "min_p = 0.1 with speculation: SGLang applies it to the first token only"),
+        (["--rollout.min-p=1.5"], "at least 0 \\(off\\) and below 1"),
+        (["--sglang-speculative-accept-threshold-single=0.9"], "below 1.0 SGLang keeps draft tokens.*--allow-lossy"),
+        (["--sglang-speculative-accept-threshold-acc", "x"], "threshold_acc = 'x' with speculation"),
+        (["--update-weight-transport=nccl"], "use one of auto, ipc, disk, broadcast"),
+        (["--update-weight-transport=disk"], "give --update-weight-disk-dir DIR"),
+        (["--rollout-external-engine-addrs=h:30000"], "needs a folder that trainer and engine both see"),
+        (["--rollout.sglang-address=h:30000"], "expected http://HOST:PORT"),
+        (["--rollout.sglang-python=/absent/python"], "'/absent/python': no such file"),
+        (["--rollout.sglang-start-timeout-s=0"], "must be above 0 seconds"),
+    ],
+)
+def test_what_sglang_cannot_do_is_refused_with_what_to_do_instead(arguments, message):
+    validate(from_flags(*GOOD, *SGLANG))
+    with pytest.raises(ConfigError, match=message) as caught:
+        validate(from_flags(*GOOD, *SGLANG, *arguments))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_cost_table_is_the_embedded_engines(tmp_path):
+    (tmp_path / "t.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"cost_table .* with SGLang: give --sglang-speculative-adaptive"):
+        validate(from_flags(*GOOD, *SGLANG, f"--rollout.cost_table={tmp_path}/t.json"))
+
+
+@pytest.mark.parametrize(
+    "argument",
+    [
+        "--rollout.min-p=0.1",
+        "--allow-lossy",
+        "--offload",
+        "--colocate",
+        "--rollout-external-engine-addrs=h:1",
+        "--update-weight-transport=disk",
+        "--update-weight-disk-dir=d",
+        "--sglang-mem-fraction-static=0.3",
+        "--rollout.sglang-python=p",
+        "--rollout.sglang-start-timeout-s=5",
+    ],
+)
+def test_what_the_embedded_engine_would_leave_aside_is_refused(argument):
+    with pytest.raises(ConfigError, match="is for SGLang alone: add --engine sglang"):
+        validate(from_flags(*GOOD, argument))
+
+
+def test_sglang_warns_once_of_each_thing():
+    (seeds,) = validate(from_flags(*GOOD, *SGLANG))
+    assert "ignores seeds while verifying" in seeds and "reproducible = false" in seeds
+    depth, _ = validate(from_flags(*GOOD, "--engine=sglang"))
+    assert "always drafts 3 tokens" in depth and "--sglang-speculative-adaptive" in depth
+    assert len(validate(from_flags(*GOOD, "--engine=sglang", "--sglang-speculative-adaptive"))) == 1
+    lossy, *_ = validate(from_flags(*GOOD, *SGLANG, "--rollout.min-p=0.1", "--allow-lossy"))
+    assert "min_p = 0.1" in lossy and "do not follow the policy's law" in lossy
+
+
+def test_without_speculation_sglang_takes_min_p():
+    _, warning = validate(from_flags(*GOOD, *SGLANG, "--speculative-algorithm=NONE", "--rollout.min-p=0.1"))
+    assert "rollout.min_p = 0.1 in training" in warning
+
+
+def test_the_target_only_rule_takes_a_reduced_draft_vocabulary_in_sglang():
+    validate(from_flags(*GOOD, *SGLANG, "--draft.draft-vocab-size=64", "--rollout.verify-rule=target_only"))
 
 
 def test_samples_must_divide_over_data_parallel_ranks():

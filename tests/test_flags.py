@@ -6,6 +6,7 @@ from trainer.config import ConfigError, RunConfig
 from trainer.config_load import known_keys, load_config, parse_flags
 from trainer.flags import DERIVED, SGLANG, TABLE
 from trainer.help import flags_help
+from trainer.toml_writer import to_toml
 
 
 def load(*arguments):
@@ -32,6 +33,42 @@ def test_sglangs_speculative_flags_verbatim(prefix):
     ).rollout
     assert (rollout.speculative_algorithm, rollout.speculative_num_steps) == ("NGRAM", 4)
     assert (rollout.speculative_num_draft_tokens, rollout.speculative_draft_model_path) == (5, "d")
+
+
+def test_sglangs_other_flags_pass_on_verbatim(tmp_path):
+    rollout = load(
+        "--engine", "sglang", "--sglang-mem-fraction-static", "0.3", "--sglang-attention_backend=flashinfer",
+        "--sglang-disable-radix-cache", "--sglang-cuda-graph-bs", "[1, 8]", "--rollout.sglang.log-level", "info",
+        "--sglang-enable-deterministic-inference", "--sglang-json-model-override-args", '{"a": 1}', "--sglang-port=-1",
+    ).rollout  # fmt: skip
+    expected = {
+        "mem_fraction_static": 0.3,
+        "attention_backend": "flashinfer",
+        "disable_radix_cache": True,
+        "cuda_graph_bs": [1, 8],
+        "log_level": "info",
+        "enable_deterministic_inference": True,
+        "json_model_override_args": '{"a": 1}',
+        "port": -1,
+    }
+    assert rollout.engine == "sglang" and rollout.sglang == expected
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text("[rollout.sglang]\nmem_fraction_static = 0.5\ndtype_of_kv = 'x'\n")
+    config = load_config(recipe, parse_flags(["--sglang-mem-fraction-static=0.3"])[1])
+    assert config.rollout.sglang == {"mem_fraction_static": 0.3, "dtype_of_kv": "x"}
+    (tmp_path / "written.toml").write_text(to_toml(config))
+    assert load_config(tmp_path / "written.toml") == config
+
+
+def test_slimes_names_for_where_the_engine_is_and_how_weights_get_there():
+    rollout = load(
+        "--rollout-external-engine-addrs", "10.0.0.7:30000", "--colocate", "--update-weight-transport", "disk",
+        "--update-weight-disk-dir=/shared/sync", "--allow-lossy",
+    ).rollout  # fmt: skip
+    assert rollout.sglang_address == "http://10.0.0.7:30000" and rollout.offload and rollout.allow_lossy
+    assert (rollout.sync_transport, rollout.sync_dir) == ("disk", "/shared/sync")
+    assert load("--rollout-external-engine-addrs=http://h:1/").rollout.sglang_address == "http://h:1"
+    assert load("--offload").rollout.offload and not load("--offload=no").rollout.offload
 
 
 def test_slimes_and_megatrons_names_and_underscores():
@@ -82,3 +119,4 @@ def test_help_lists_every_flag_and_every_key():
     for key in known_keys():
         assert key.replace("_", "-") in text, key
     assert str(RunConfig().policy.lr) in text
+    assert "--sglang-NAME [VALUE]" in text

@@ -8,9 +8,16 @@ from pathlib import Path
 
 import pytest
 
+from rollout_engine.torch_engine import TorchEngine
+from rollout_engine.types import EngineError
+from sync.receiver import WeightReceiver
 from tests import loop_helpers as helpers
 from tests.crash_helpers import KILLED, exit_code
+from trainer import loop, run
 from trainer.config import ConfigError, RunConfig
+from trainer.draft_learner import DraftLearner
+from trainer.megatron_policy import MegatronPolicy
+from trainer.rewards import RewardError
 
 Config = Callable[..., RunConfig]
 
@@ -84,13 +91,11 @@ def test_forecast_equals_what_the_engine_shows(config: Config) -> None:
 
 def test_forecast_sees_a_draft_that_was_not_synced(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     """Negative control: an engine left with an old draft no longer shows what the learner expects."""
-    from sync.receiver import WeightReceiver
-
     copy = WeightReceiver._copy
 
-    def keep_old_draft(self: WeightReceiver, spec, bundle) -> None:
-        if spec.model == "policy" or bundle.version == 0:
-            copy(self, spec, bundle)
+    def keep_old_draft(self: WeightReceiver, name, destination, bundle) -> None:
+        if name.startswith("policy.") or bundle.version == 0:
+            copy(self, name, destination, bundle)
 
     monkeypatch.setattr(WeightReceiver, "_copy", keep_old_draft)
     monkeypatch.setattr(WeightReceiver, "_verify_written", lambda *_: None)
@@ -140,6 +145,76 @@ def test_killed_at_many_places_and_resumed(unbroken: Path, config: Config, num_c
     assert exit_code(helpers.run_and_die, settings, part * num_calls // 18) == KILLED
     resumable = Path(settings.run_dir, "run").exists() and any(Path(settings.run_dir, "run").iterdir())
     helpers.assert_same_run(unbroken, helpers.run(replace(settings, resume=resumable)))
+
+
+def test_an_offloaded_engine_gives_its_memory_back_for_the_updates_and_serves_the_same(
+    unbroken: Path, config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[str] = []
+
+    def note(owner: type, name: str, event: str) -> None:
+        original = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *args, **kw: (events.append(event), original(*args, **kw))[1])
+
+    note(TorchEngine, "generate", "roll out")
+    note(TorchEngine, "offload", "offload")
+    note(MegatronPolicy, "update", "policy")
+    note(DraftLearner, "update", "draft")
+    note(TorchEngine, "onload", "onload")
+    note(WeightReceiver, "receive", "sync")
+    folder = helpers.run(config("offloaded", rollout__offload=True))
+    assert events == ["sync", *["roll out", "offload", "policy", "draft", "onload", "sync"] * 3]
+    helpers.assert_same_run(unbroken, folder)
+
+
+def test_without_offload_the_engine_keeps_its_memory(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(TorchEngine, "offload")
+    monkeypatch.delattr(TorchEngine, "onload")
+    assert helpers.metrics(helpers.run(config("kept", num_rollout=1)))
+
+
+@pytest.mark.parametrize("error", [None, RewardError, KeyboardInterrupt])
+def test_the_engine_is_closed_on_every_way_out(
+    config: Config, monkeypatch: pytest.MonkeyPatch, error: type[BaseException] | None
+) -> None:
+    closed: list[TorchEngine] = []
+    close = TorchEngine.close
+    monkeypatch.setattr(TorchEngine, "close", lambda self: (closed.append(self), close(self))[1])
+    settings = config("closed", num_rollout=1)
+    if error is None:
+        helpers.run(settings)
+    else:
+        monkeypatch.setattr(loop, "update_policy", raising(error))
+        with pytest.raises(error):
+            helpers.run(settings)
+    assert len(closed) == 1
+
+
+def raising(error: type[BaseException]) -> Callable[..., None]:
+    def fail(*_: object) -> None:
+        raise error("on purpose")
+
+    return fail
+
+
+def test_an_engine_that_does_not_start_leaves_its_log_and_the_name_free(
+    unbroken: Path, config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: object) -> None:
+        work_dir = arguments[-1]
+        assert isinstance(work_dir, Path)
+        work_dir.mkdir()
+        (work_dir / "engine.log").write_text("no GPU\n")
+        raise EngineError("the server ended")
+
+    settings = config("run")
+    with monkeypatch.context() as patched:
+        patched.setattr(run, "build_engine", fail)
+        with pytest.raises(EngineError):
+            helpers.run(settings)
+    left = Path(settings.run_dir) / "run"
+    assert [path.relative_to(left).as_posix() for path in sorted(left.rglob("*"))] == ["engine", "engine/engine.log"]
+    helpers.assert_same_run(unbroken, helpers.run(settings))
 
 
 def test_several_policy_steps_a_rollout_and_several_draft_updates(config: Config) -> None:

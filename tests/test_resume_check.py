@@ -36,6 +36,21 @@ def test_what_may_change():
     check_resumed(flat_settings(CONFIG), replace(changed, num_rollout=99, plain_probe_interval=4))
 
 
+def test_an_sglang_run_may_move_but_no_run_changes_its_engine():
+    elsewhere = replace(CONFIG.rollout, sglang_address="http://h:1", sync_dir="d", sglang={"port": 3})
+    check_resumed(flat_settings(CONFIG), replace(CONFIG, rollout=elsewhere))
+    with pytest.raises(ConfigError, match=r"rollout.engine = 'sglang', but the checkpoint .* made with 'torch'"):
+        check_resumed(flat_settings(CONFIG), replace(CONFIG, rollout=replace(CONFIG.rollout, engine="sglang")))
+
+
+def test_a_checkpoint_from_before_a_setting_was_made_with_its_default():
+    old = flat_settings(CONFIG)
+    del old["rollout.min_p"], old["rollout.allow_lossy"]
+    check_resumed(old, CONFIG)
+    with pytest.raises(ConfigError, match=r"rollout.min_p = 0.1, .* with 0.0"):
+        check_resumed(old, replace(CONFIG, rollout=replace(CONFIG.rollout, min_p=0.1)))
+
+
 def test_a_run_is_extended_only_when_its_schedule_does_not_hang_on_its_length():
     linear = with_policy(lr_decay_style="linear")
     with pytest.raises(ConfigError, match=r"num_rollout = 40, .* with 20, over which policy.lr_decay_style = 'linear'"):

@@ -186,6 +186,35 @@ def _generate(namespace: argparse.Namespace, rest: list[str]) -> int:
     return generate(namespace.policy, namespace.draft, namespace.prompt, namespace.prompt_data, overrides)
 
 
+# ---------------------------------------------------------------- serve
+
+
+def _add_serve(commands, name: str) -> None:
+    parser = _command(
+        commands,
+        name,
+        "start the SGLang server that a run would start, OpenAI endpoints included",
+        _serve,
+        usage="slipstream serve --policy DIR [--draft DIR] [--work-dir DIR] [--KEY VALUE ...]",
+        description="Start the SGLang server that a run would start and keep it until Ctrl-C or SIGTERM. It serves the "
+        "weights in the folders; agents and benchmarks speak to its OpenAI endpoints.",
+        epilog="Engine and speculation: the rollout flags of slipstream train, such as --speculative-num-steps 3 or "
+        "--dtype bfloat16. Any other flag of SGLang's server passes as --sglang-NAME: --sglang-port 30000.",
+    )
+    parser.add_argument("--policy", type=Path, required=True, help="Hugging Face folder of the policy")
+    parser.add_argument("--draft", type=Path, help="folder of its EAGLE-3 draft")
+    parser.add_argument("--work-dir", type=Path, default=Path("runs/serve"), help="for the log (default runs/serve)")
+
+
+def _serve(namespace: argparse.Namespace, rest: list[str]) -> int:
+    from trainer.config_load import parse_flags
+    from trainer.serve import serve
+
+    positional, overrides = parse_flags(rest)
+    _no_more(positional, ())
+    return serve(namespace.policy, namespace.draft, namespace.work_dir, overrides)
+
+
 # ---------------------------------------------------------------- bench, report, doctor
 
 
@@ -281,6 +310,7 @@ _COMMANDS = (
     ("train", _add_train),
     ("demo", _add_demo),
     ("generate", _add_generate),
+    ("serve", _add_serve),
     ("bench", _add_bench),
     ("report", _add_report),
     ("doctor", _add_doctor),

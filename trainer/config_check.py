@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from rollout_engine.config import RolloutConfig
+from rollout_engine.sglang_checks import check_draft_vocabulary, check_sglang, check_torch
+from rollout_engine.types import EngineConfigError
 from trainer.config import ConfigError, RunConfig
 from trainer.suggest import nearest
 
 _CHOICES: dict[str, tuple[str, ...]] = {
-    "rollout.engine": ("torch",),
+    "rollout.engine": ("torch", "sglang"),
     "rollout.dtype": ("float32", "bfloat16", "float64"),
     "rollout.speculative_algorithm": ("EAGLE3", "NGRAM", "NONE"),
     "rollout.verify_rule": ("rejection", "target_only", "coupled"),
@@ -73,6 +75,8 @@ def validate(config: RunConfig, *, world_size: int = 1) -> list[str]:
     _check_schedule(config)
     _check_sources(config)
     _check_batch(config, world_size)
+    if config.rollout.engine == "sglang":
+        _check_sglang_run(config)
     return [*check_rollout(config.rollout, config.deterministic), *_training_warnings(config)]
 
 
@@ -96,15 +100,53 @@ def check_rollout(rollout: RolloutConfig, deterministic: bool = False) -> list[s
             f"rollout.max_response_len = {rollout.max_response_len} leaves no room for a prompt in "
             f"rollout.context_length = {rollout.context_length}"
         )
+    warnings = _check_engine(rollout)
     if rollout.speculative_algorithm == "NONE":
-        return []
+        return warnings
     _check_speculation(rollout, deterministic)
     if rollout.speculative_algorithm == "NGRAM" and rollout.verify_rule == "rejection":
-        return [
+        warnings.append(
             "n-gram drafts are point masses, for which rollout.verify_rule 'rejection' and 'target_only' are one rule: "
             "a draft x is accepted with p(x)"
-        ]
-    return []
+        )
+    return warnings
+
+
+def _check_engine(rollout: RolloutConfig) -> list[str]:
+    """What the chosen engine cannot do, in its own module's words."""
+    try:
+        if rollout.engine == "torch":
+            check_torch(rollout)
+            return []
+        if rollout.sglang_python and not Path(rollout.sglang_python).is_file():
+            raise EngineConfigError(
+                f"rollout.sglang_python = {rollout.sglang_python!r}: no such file; give the Python of the environment "
+                "that holds SGLang, or leave it out for this one"
+            )
+        return check_sglang(rollout)
+    except EngineConfigError as error:
+        raise ConfigError(str(error)) from None
+
+
+def _check_sglang_run(config: RunConfig) -> None:
+    """What a whole run asks of its engine and SGLang cannot give."""
+    rollout = config.rollout
+    if config.plain_probe_interval:
+        raise ConfigError(
+            f"plain_probe_interval = {config.plain_probe_interval}: an SGLang server cannot stop speculating for a "
+            "probe; set it to 0 and measure with slipstream bench rollout --engine sglang --spec none,eagle3"
+        )
+    if config.deterministic:
+        raise ConfigError(
+            "deterministic = true: SGLang ignores seeds while verifying, so no run on it repeats; leave it out, or use "
+            "rollout.engine = 'torch'"
+        )
+    try:
+        # A draft that is read from its folder is checked when its sizes are known.
+        is_random = not rollout.speculative_draft_model_path
+        check_draft_vocabulary(rollout, is_reduced=is_random and config.draft.draft_vocab_size > 0)
+    except EngineConfigError as error:
+        raise ConfigError(str(error)) from None
 
 
 def _check_speculation(rollout: RolloutConfig, deterministic: bool) -> None:
@@ -128,7 +170,7 @@ def _check_speculation(rollout: RolloutConfig, deterministic: bool) -> None:
             f"rollout.ngram_min_match = {rollout.ngram_min_match} and ngram_max_match = {rollout.ngram_max_match}: "
             "they must be at least 1 and in this order"
         )
-    if deterministic and rollout.controller == "adaptive" and not rollout.cost_table:
+    if deterministic and rollout.engine == "torch" and rollout.controller == "adaptive" and not rollout.cost_table:
         raise ConfigError(
             "deterministic = true with rollout.controller = 'adaptive' would let timings choose the draft depth: set "
             "rollout.controller = 'fixed', or give a measured rollout.cost_table"
@@ -205,7 +247,11 @@ def _training_warnings(config: RunConfig) -> list[str]:
         )
     filters = [
         f"{name} = {value}"
-        for name, value, off in (("top_p", rollout.top_p, 1.0), ("top_k", rollout.top_k, 0))
+        for name, value, off in (
+            ("top_p", rollout.top_p, 1.0),
+            ("top_k", rollout.top_k, 0),
+            ("min_p", rollout.min_p, 0.0),
+        )
         if value != off
     ]
     if filters:
@@ -219,8 +265,6 @@ def _training_warnings(config: RunConfig) -> list[str]:
 def _check_choices(config: Any, choices: dict[str, Sequence[str]], prefix: str = "") -> None:
     for key, known in choices.items():
         value = _get(config, key.removeprefix(prefix))
-        if key == "rollout.engine" and value == "sglang":
-            raise ConfigError("rollout.engine = 'sglang' is not available yet; use 'torch'")
         if key == "rollout.verify_rule" and value == "greedy":
             raise ConfigError(
                 "rollout.verify_rule = 'greedy' is what temperature 0 uses by itself; choose the rule for others"

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 from trainer.config import ConfigError, RunConfig
-from trainer.flags import DERIVED, TABLE
+from trainer.flags import DERIVED, SGLANG_PREFIX, TABLE
 from trainer.suggest import nearest
 
 _TRUE, _FALSE = ("true", "1", "yes", "on"), ("false", "0", "no", "off")
+_PASSED_ON = ("policy.megatron.", "rollout.sglang.")  # tables whose keys belong to another system
 _TYPE_NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "a string"}
 
 
@@ -28,7 +29,7 @@ class Override:
 
 @cache
 def known_keys() -> dict[str, Any]:
-    """Every dotted key of `RunConfig` with its type; `policy.megatron` is a mapping that takes any key."""
+    """Every dotted key of `RunConfig` with its type; two are mappings that take any key (see `_PASSED_ON`)."""
     return dict(_leaves(RunConfig, ""))
 
 
@@ -45,7 +46,8 @@ def _leaves(cls: type, prefix: str) -> Iterator[tuple[str, Any]]:
 def parse_flags(arguments: Sequence[str]) -> tuple[list[str], list[Override]]:
     """(what is no flag, the settings given by flags), each in order. `ConfigError` names the nearest known flag.
 
-    `--key=value` and `--key value`; `-` and `_` are the same in a flag. A boolean flag needs no value.
+    `--key=value` and `--key value`; `-` and `_` are the same in a flag. A boolean flag needs no value, and neither does
+    a server flag of SGLang (`--sglang-NAME`), which means true without one.
     """
     positional: list[str] = []
     overrides: list[Override] = []
@@ -72,8 +74,11 @@ def _key_of(flag: str) -> tuple[str, str]:
     name = "--" + flag[2:].replace("_", "-")
     if name in TABLE:
         return TABLE[name].key, TABLE[name].value
-    if flag.startswith("--policy.megatron."):
-        return flag[2:], ""
+    if flag.startswith(tuple(f"--{prefix}" for prefix in _PASSED_ON)):
+        table, _, field = flag[2:].rpartition(".")
+        return f"{table}.{field.replace('-', '_')}", ""
+    if name.startswith(SGLANG_PREFIX) and name != SGLANG_PREFIX:
+        return "rollout.sglang." + name.removeprefix(SGLANG_PREFIX).replace("-", "_"), ""
     key = flag[2:].replace("-", "_")
     if key in known_keys() and not _is_mapping(known_keys()[key]):
         return key, ""
@@ -82,10 +87,12 @@ def _key_of(flag: str) -> tuple[str, str]:
 
 
 def _following_value(flag: str, key: str, rest: list[str]) -> str:
-    """Take the flag's value from the arguments behind it; a boolean flag may stand alone."""
+    """Take the flag's value from the arguments behind it; a boolean flag, or one of SGLang's, may stand alone."""
     if known_keys().get(key) is bool:
         return rest.pop(0) if rest and rest[0].lower() in (*_TRUE, *_FALSE) else "true"
     if not rest or rest[0].startswith("--"):
+        if key.startswith("rollout.sglang."):
+            return "true"
         raise ConfigError(f"{flag} needs a value, {_expected(_type_of(key))}")
     return rest.pop(0)
 
@@ -187,7 +194,7 @@ def _parse_any(text: str) -> Any:
 
 
 def _type_of(key: str) -> Any:
-    if key.startswith("policy.megatron."):
+    if key.startswith(_PASSED_ON):
         return Any
     return DERIVED.get(key) or known_keys()[key]
 
@@ -254,8 +261,15 @@ def _apply_recompute_granularity(values: dict[str, Any], override: Override) -> 
     values["policy.recompute"] = True
 
 
+def _apply_external_engine(values: dict[str, Any], override: Override) -> None:
+    """slime's --rollout-external-engine-addrs HOST:PORT: one engine, with or without http:// in front."""
+    address = override.text.rstrip("/")
+    values["rollout.sglang_address"] = address if "://" in address else f"http://{address}"
+
+
 _APPLY: dict[str, Callable[[dict[str, Any], Override], None]] = {
     "global_batch_size": _apply_global_batch_size,
     "eps_clip": _apply_eps_clip,
     "recompute_granularity": _apply_recompute_granularity,
+    "external_engine_addrs": _apply_external_engine,
 }

@@ -22,7 +22,11 @@ DERIVED: dict[str, type] = {
     "eps_clip": float,
     "recompute_granularity": str,
     "use_dynamic_batch_size": bool,
+    "external_engine_addrs": str,
 }
+
+# SGLang's own server flags pass through under this prefix, unless the table below has a setting for them.
+SGLANG_PREFIX = "--sglang-"
 
 _SGLANG = (
     Flag("--speculative-algorithm", "rollout.speculative_algorithm", "EAGLE3, NGRAM or NONE"),
@@ -36,7 +40,26 @@ _SGLANG = (
     Flag("--enable-deterministic-inference", "rollout.batch_invariant", "bitwise the same whatever the batch", "true"),
 )
 
-SGLANG = (*_SGLANG, *(flag._replace(name=f"--sglang-{flag.name[2:]}") for flag in _SGLANG))
+# As slime spells them. Deterministic inference is left out: with the prefix it is SGLang's own, not this project's.
+_PREFIXED = tuple(
+    flag._replace(name=SGLANG_PREFIX + flag.name[2:])
+    for flag in _SGLANG
+    if flag.name != "--enable-deterministic-inference"
+)
+
+_ENGINE = (
+    Flag("--engine", "rollout.engine", "torch: embedded, on a CPU or one GPU; sglang: an SGLang server"),
+    Flag("--offload", "rollout.offload", "SGLang gives its GPU memory back while the policy trains"),
+    Flag("--colocate", "rollout.offload", "the same: engine and trainer share a GPU anyway", "true"),
+    Flag("--rollout-external-engine-addrs", "external_engine_addrs", "HOST:PORT of an SGLang server that runs already"),
+    Flag(
+        "--update-weight-transport", "rollout.sync_transport", "weights to SGLang: ipc, disk, broadcast or auto (ipc)"
+    ),
+    Flag("--update-weight-disk-dir", "rollout.sync_dir", "folder that trainer and engine both see"),
+    Flag("--allow-lossy", "rollout.allow_lossy", "accept samples that do not follow the policy's law"),
+)
+
+SGLANG = (*_SGLANG, *_PREFIXED, *_ENGINE)
 
 SLIME = (
     Flag("--hf-checkpoint", "policy.hf_checkpoint", "Hugging Face folder of the policy"),
@@ -99,6 +122,7 @@ MEGATRON = (
 
 GROUPS = (
     ("speculation and engine (SGLang's names, also with --sglang- in front)", _SGLANG),
+    ("which engine, and how it gets its weights", _ENGINE),
     ("rollout, data and algorithm (slime's names)", SLIME),
     ("policy (Megatron's names)", MEGATRON),
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -28,16 +29,21 @@ def generate(
     longest = context_length(policy, config.rollout) - 1
     vocab_size = read_config(policy)["vocab_size"]
     prompts = _prompts(text, prompt_data, config.data, tokenizer, longest, vocab_size)
-    engine = build_engine(policy, config.rollout, None if draft is None else read_draft(draft, policy), tokenizer)
+    eagle3 = None if draft is None else read_draft(draft, policy)
     rollout = config.rollout
     sampling = SamplingParams(
         rollout.temperature, rollout.top_p, rollout.top_k, rollout.max_response_len, stop=rollout.stop
     )
     requests = make_requests(prompts, sampling, config.data.n_samples_per_prompt, config.seed, step=0)
-    start = time.perf_counter()
-    samples = sorted(engine.generate(requests), key=lambda sample: sample.request.key)
-    elapsed_s = time.perf_counter() - start
-    engine.close()
+    with tempfile.TemporaryDirectory(prefix="slipstream-generate-") as work_dir:
+        engine = build_engine(policy, rollout, eagle3, tokenizer, Path(work_dir), serves_files=True)
+        try:
+            engine.warm_up()
+            start = time.perf_counter()
+            samples = sorted(engine.generate(requests), key=lambda sample: sample.request.key)
+            elapsed_s = time.perf_counter() - start
+        finally:
+            engine.close()
     for sample in samples:
         print(tokenizer.decode(list(sample.token_ids), skip_special_tokens=True))
     print(summary(samples, elapsed_s, rollout.speculative_algorithm), file=sys.stderr)
@@ -49,6 +55,7 @@ def _config(draft: Path | None, overrides: Sequence[Override]) -> RunConfig:
     algorithm = "NONE" if draft is None else "EAGLE3"
     defaults = [
         Override("", "rollout.speculative_algorithm", algorithm),
+        Override("", "rollout.speculative_draft_model_path", "" if draft is None else str(draft)),
         Override("", "data.n_samples_per_prompt", "1"),
     ]
     config = load_config(None, [*defaults, *overrides])

@@ -33,7 +33,9 @@ def _keys() -> str:
             ]
         else:
             lines.append(_line(f"--{field.name.replace('_', '-')}", _default(value)))
-    return "\n".join([*lines, _line("--policy.megatron.FIELD", "any field of Megatron-core's TransformerConfig")])
+    lines.append(_line("--policy.megatron.FIELD", "any field of Megatron-core's TransformerConfig"))
+    lines.append(_line("--sglang-NAME [VALUE]", "any other flag of SGLang's server, as [rollout.sglang] holds them"))
+    return "\n".join(lines)
 
 
 def _default(value: object) -> str:

@@ -4,14 +4,18 @@
                   ^                                              |
                   +---- publish(version, policy + draft) <---- draft.update
 
-Every rank runs this text with the same samples. The engine lives on rank 0, the draft's learner on the last stage.
+Every rank runs this text with the same samples. The engine, in this process or in a server's, lives on rank 0 and is
+known here by the RolloutEngine protocol alone; the draft's learner lives on the last stage.
 Strictly on-policy: version v of policy and draft, and nothing else, generates step v.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 from rollout_engine.types import Sample
 from sync.publish import SyncReport, publish
@@ -29,13 +33,13 @@ if TYPE_CHECKING:
 def train(run: Run) -> None:
     """Run every step from `run.next_step` on; leaves checkpoints, metrics, and at the end policy and draft."""
     sync_weights(run, run.next_step)
-    if run.engine is not None:
-        with run.clock("warm_up"):
-            run.engine.warm_up()
+    with run.clock("warm_up"):
+        from_rank_zero(lambda: run.engine.warm_up())
     for step in range(run.next_step, run.config.num_rollout):
         rollout = from_rank_zero(lambda step=step: roll_out(run, step))
-        samples, policy_metrics, captured = update_policy(run, rollout)
-        draft_metrics = update_draft(run, step, samples, captured)
+        with engine_memory_given_back(run):
+            samples, policy_metrics, captured = update_policy(run, rollout)
+            draft_metrics = update_draft(run, step, samples, captured)
         report = sync_weights(run, step + 1)
         run.next_step = step + 1
         after = from_rank_zero(lambda step=step: after_step(run, step))
@@ -107,6 +111,21 @@ def _learn_or_raise_together(run: Run, step: int, samples: Sequence[Sample], cap
     return from_last_rank(found)
 
 
+@contextmanager
+def engine_memory_given_back(run: Run) -> Iterator[None]:
+    """With `rollout.offload`: inside, the engine's GPU memory is the trainer's. What it held is lost, weights too, so
+    that the engine serves again only after the next sync, which brings both models."""
+    if not run.config.rollout.offload:
+        yield
+        return
+    with run.clock("offload"):
+        from_rank_zero(lambda: run.engine.offload())
+    yield
+    with run.clock("offload"):
+        torch.cuda.empty_cache()  # what the updates held and no longer need is the engine's now
+        from_rank_zero(lambda: run.engine.onload())
+
+
 def sync_weights(run: Run, version: int) -> SyncReport:
     """Policy and draft become version `version` of the engine together, or the run stops with the tensor's name."""
     with run.clock("sync"):
@@ -114,21 +133,21 @@ def sync_weights(run: Run, version: int) -> SyncReport:
         draft = None
         if run.capture is not None:
             draft = from_last_rank(run.learner.tensors() if run.learner is not None else None)
-        return from_rank_zero(lambda: publish(policy, draft, run.transport, version))
+        return from_rank_zero(lambda: publish(policy, draft, run.engine.transport, version))
 
 
 def after_step(run: Run, step: int) -> dict[str, Any]:
     """Greedy evaluation with the new weights, when due (rank 0).
 
-    The depth controller forgets it: greedy acceptance says little about the next rollout's.
+    The engine's depth controller forgets it: greedy acceptance says little about the next rollout's.
     """
     interval = run.config.eval_interval
     if not (interval and run.eval_prompts and (step + 1) % interval == 0):
         return {}
     with run.clock("eval"):
-        slots, before = run.config.rollout.max_running_requests, run.engine.controller.state()
+        slots, before = run.config.rollout.max_running_requests, run.engine.state()
         found = evaluate(run.engine, run.eval_prompts, run.sampling, slots, run.reward)
-        run.engine.controller.load_state(before)
+        run.engine.load_state(before)
         return found
 
 

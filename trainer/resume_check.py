@@ -21,8 +21,16 @@ _FREE = frozenset(
         "plain_probe_interval",
         "data.num_eval_prompts",
         "data.eval_prompt_data",
+        # where an SGLang server runs and how weights get there; so its flags (`rollout.sglang`) are free too
+        "rollout.offload",
+        "rollout.sglang_address",
+        "rollout.sglang_python",
+        "rollout.sglang_start_timeout_s",
+        "rollout.sync_transport",
+        "rollout.sync_dir",
     }
 )
+_FREE_TABLE = "rollout.sglang."
 
 
 def flat_settings(config: RunConfig) -> dict[str, Any]:
@@ -40,10 +48,11 @@ def _leaves(table: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
 
 def check_resumed(saved: Mapping[str, Any], config: RunConfig) -> None:
     """Raises ConfigError for the first setting that differs from the checkpoint's, with both values."""
-    present = flat_settings(config)
+    present, defaults = flat_settings(config), flat_settings(RunConfig())
     for key in sorted((saved.keys() | present.keys()) - _FREE):
-        before, now = saved.get(key), present.get(key)
-        if before != now:
+        # a checkpoint made before there was such a setting was made with its default
+        before, now = saved.get(key, defaults.get(key)), present.get(key)
+        if before != now and not key.startswith(_FREE_TABLE):
             raise ConfigError(
                 f"{key} = {now!r}, but the checkpoint to resume was made with {before!r}: give the old value, or start "
                 "a new run from the exported policy under another --name"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,10 +13,9 @@ import torch.distributed as dist
 from draft_models.checkpoint import save_draft
 from draft_models.eagle3 import DraftError, Eagle3, Eagle3Config, choose_draft_vocab
 from draft_models.types import VerifyRule
-from rollout_engine.torch_engine import TorchEngine
-from rollout_engine.types import SamplingParams
+from rollout_engine.sglang_checks import check_draft_vocabulary
+from rollout_engine.types import RolloutEngine, SamplingParams
 from sync.atomic import whole_folder
-from sync.inprocess import InProcessTransport
 from sync.publish import SyncReport
 from trainer import loop
 from trainer.checkpoint import (
@@ -36,14 +34,14 @@ from trainer.distributed import init_distributed, rank, world_size
 from trainer.draft_learner import DraftLearner, DraftSettings
 from trainer.hf_files import HFWeights, read_config
 from trainer.megatron_policy import CaptureSpec, MegatronPolicy
-from trainer.megatron_settings import rope_settings, transformer_settings
+from trainer.megatron_settings import rope_frequencies, transformer_settings
 from trainer.metrics import MetricsWriter, PhaseClock, read_metrics
 from trainer.progress import Progress
 from trainer.report import write_report
 from trainer.resume_check import check_resumed, flat_settings
 from trainer.rewards import Reward, load_reward
 from trainer.rollouts import Rollout
-from trainer.run_dir import RunDir, check_run_dir, cut_metrics, make_run_dir
+from trainer.run_dir import RunDir, check_run_dir, clear_unless_resumed, cut_metrics, make_run_dir
 from trainer.serving import build_engine, context_length, device_of, eos_token_ids, load_tokenizer, read_draft
 
 
@@ -62,14 +60,13 @@ class Inputs:
 
 @dataclass
 class Run:
-    """One run on this rank. `engine`, `transport`, `progress` and `writer` live on rank 0, `learner` on draft ranks."""
+    """One run on this rank. `engine`, `progress` and `writer` live on rank 0, `learner` on draft ranks."""
 
     config: RunConfig
     directory: RunDir
     inputs: Inputs
     policy: MegatronPolicy
-    engine: TorchEngine | None
-    transport: InProcessTransport | None
+    engine: RolloutEngine | None
     learner: DraftLearner | None
     capture: CaptureSpec | None  # None without an EAGLE-3 draft
     progress: Progress | None
@@ -106,7 +103,9 @@ class Run:
         if self.writer is None or self.progress is None:
             return
         sync = {"sync_time_s": report.time_s, "sync_bytes": report.num_bytes, "next_version": report.version}
-        line = loop.metrics_line(step, rollout, sync, self.clock.take(), *parts)
+        # An SGLang server takes no seeds, so that two equal runs differ: every line says so.
+        repeats = {"reproducible": False} if self.config.rollout.engine == "sglang" else {}
+        line = loop.metrics_line(step, rollout, sync, self.clock.take(), repeats, *parts)
         self.writer.write(line)
         self.progress.step(line)
 
@@ -132,8 +131,8 @@ class Run:
         parts.append(
             shared_part(
                 "controller",
-                lambda: engine.controller.state() if engine else {},
-                lambda state: engine.controller.load_state(state) if engine else None,
+                lambda: engine.state() if engine else {},
+                lambda state: engine.load_state(state) if engine else None,
                 writes=engine is not None,
                 reads=engine is not None,
             )
@@ -156,6 +155,11 @@ class Run:
             self.position = DataPosition(**counters["position"])
         if rank() == 0:
             cut_metrics(self.directory.metrics_file, self.next_step - 1)
+
+    def close(self) -> None:
+        """Stop the engine, and the server behind it when there is one."""
+        if self.engine is not None:
+            self.engine.close()
 
     def export(self) -> None:
         """Policy and draft in Hugging Face form under the run's folder."""
@@ -204,18 +208,29 @@ def read_inputs(config: RunConfig) -> Inputs:
 
 def check_policy(config: RunConfig, folder: Path, hf_config: dict[str, Any]) -> None:
     """ConfigError for an architecture, weights, a reference or a device that the run would refuse later."""
-    device_of(config.rollout)
+    if config.rollout.engine == "torch":
+        device_of(config.rollout)
     HFWeights(folder)
-    transformer_settings(hf_config)
-    rope_settings(hf_config)
+    architecture = transformer_settings(hf_config)
+    rope_frequencies(hf_config, architecture["kv_channels"])
     if config.algorithm.use_kl_loss and config.policy.ref_load:
         HFWeights(Path(config.policy.ref_load))
 
 
 def make_draft(config: RunConfig, inputs: Inputs) -> Eagle3 | None:
-    """The run's EAGLE-3 draft: read from its checkpoint, or random; None for other speculation."""
+    """The run's EAGLE-3 draft: read from its checkpoint, or random; None for other speculation.
+
+    Raises ConfigError for one that does not fit the policy, EngineConfigError for one that the engine could not verify.
+    """
     if config.rollout.speculative_algorithm != "EAGLE3":
         return None
+    draft = _read_or_random_draft(config, inputs)
+    if config.rollout.engine == "sglang":
+        check_draft_vocabulary(config.rollout, draft.config.is_reduced)
+    return draft
+
+
+def _read_or_random_draft(config: RunConfig, inputs: Inputs) -> Eagle3:
     path = config.rollout.speculative_draft_model_path
     if path:
         return read_draft(Path(path), inputs.folder)
@@ -253,21 +268,35 @@ def build_run(config: RunConfig) -> Run:
         inputs.folder,
         train_iters=config.num_rollout * config.algorithm.num_steps_per_rollout,
     )
-    engine = None
-    if rank() == 0:
-        engine = build_engine(inputs.folder, config.rollout, copy.deepcopy(draft), inputs.tokenizer)
+    engine_draft = copy.deepcopy(draft)
+    learner = _make_learner(config, draft.to(device), policy.draft_group) if draft and policy.is_draft_rank else None
     directory = from_rank_zero(lambda: make_run_dir(config))
     return Run(
         config=config,
         directory=directory,
         inputs=inputs,
         policy=policy,
-        engine=engine,
-        transport=None if engine is None else InProcessTransport(engine.receiver),
-        learner=_make_learner(config, draft.to(device), policy.draft_group) if draft and policy.is_draft_rank else None,
+        engine=_start_engine(config, inputs, engine_draft, directory),
+        learner=learner,
         capture=None if draft is None else CaptureSpec(draft.config.aux_layer_ids, config.draft.capture_max_bytes),
         progress=None,
     )
+
+
+def _start_engine(config: RunConfig, inputs: Inputs, draft: Eagle3 | None, directory: RunDir) -> RolloutEngine | None:
+    """The engine on rank 0, None on the others, which fail with it. It is built last: what is built must be closed."""
+    engines: list[RolloutEngine] = []
+
+    def start() -> None:
+        engines.append(build_engine(inputs.folder, config.rollout, draft, inputs.tokenizer, directory.engine))
+
+    try:
+        from_rank_zero(start)
+    except (ValueError, RuntimeError, OSError):
+        if rank() == 0:
+            clear_unless_resumed(config, directory)
+        raise
+    return engines[0] if engines else None
 
 
 def _make_learner(config: RunConfig, draft: Eagle3, group: dist.ProcessGroup) -> DraftLearner:
@@ -281,18 +310,20 @@ def train(config: RunConfig) -> int:
     if config.deterministic:
         torch.use_deterministic_algorithms(True)
     run = build_run(config)
-    if config.resume:
-        run.restore()
-    if rank() != 0:
-        loop.train(run)
-        return 0
     try:
+        if config.resume:
+            run.restore()
+        if rank() != 0:
+            loop.train(run)
+            return 0
         return _train_on_first_rank(config, run)
     except (ValueError, RuntimeError):
         # A run that finished no step (a reward that fails at once, say) leaves nothing in the way of the next try.
-        if run.next_step == 0 and not config.resume:
-            shutil.rmtree(run.directory.path)
+        if rank() == 0 and run.next_step == 0:
+            clear_unless_resumed(config, run.directory)
         raise
+    finally:
+        run.close()
 
 
 def _train_on_first_rank(config: RunConfig, run: Run) -> int:

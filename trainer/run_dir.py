@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,6 +32,11 @@ class RunDir:
         return self.path / "checkpoints"
 
     @property
+    def engine(self) -> Path:
+        """What a server leaves: its log, the draft that it started from, verdicts. No part of the run's results."""
+        return self.path / "engine"
+
+    @property
     def policy(self) -> Path:
         return self.path / "policy"
 
@@ -46,7 +52,7 @@ def check_run_dir(config: RunConfig) -> RunDir:
     """
     run = RunDir(Path(config.run_dir) / config.name)
     try:
-        occupied = run.path.exists() and any(run.path.iterdir())
+        occupied = run.path.exists() and any(path != run.engine for path in run.path.iterdir())
     except OSError as error:
         raise _unusable(run, error) from error
     if occupied and not config.resume:
@@ -67,6 +73,19 @@ def make_run_dir(config: RunConfig) -> RunDir:
     except OSError as error:
         raise _unusable(run, error) from error
     return run
+
+
+def clear_unless_resumed(config: RunConfig, run: RunDir) -> None:
+    """Remove what a run that finished no step has written; a server's log stays, and is in nobody's way."""
+    if config.resume or not run.path.exists():
+        return
+    for path in run.path.iterdir():
+        if path.is_dir() and path != run.engine:
+            shutil.rmtree(path)
+        elif path != run.engine:
+            path.unlink()
+    if not run.engine.exists():
+        run.path.rmdir()
 
 
 def _unusable(run: RunDir, error: OSError) -> ConfigError:

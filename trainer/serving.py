@@ -1,4 +1,4 @@
-"""From checkpoint folders to a running embedded engine: what `train` and `generate` share."""
+"""From checkpoint folders to a running engine: what `train`, `generate` and `serve` share."""
 
 from __future__ import annotations
 
@@ -9,17 +9,21 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from draft_models.checkpoint import load_draft
+from draft_models.checkpoint import load_draft, save_draft
 from draft_models.eagle3 import DraftError, Eagle3
 from rollout_engine.config import RolloutConfig
 from rollout_engine.decoder import Decoder
 from rollout_engine.hf_checkpoint import CheckpointError
 from rollout_engine.torch_engine import TorchEngine
+from rollout_engine.types import RolloutEngine
+from sync.atomic import whole_folder
 from trainer.config import ConfigError
 from trainer.hf_files import read_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from rollout_engine.sglang_engine import SGLangEngine
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 
@@ -105,9 +109,28 @@ def read_draft(folder: Path, target: Path) -> Eagle3:
 
 
 def build_engine(
+    policy: Path,
+    rollout: RolloutConfig,
+    draft: Eagle3 | None,
+    tokenizer: PreTrainedTokenizerBase,
+    work_dir: Path,
+    *,
+    serves_files: bool = False,
+) -> RolloutEngine:
+    """An engine for `policy` (and `draft`, which it takes over); the caller closes it.
+
+    A server serves nothing before the first sync, except with `serves_files`: the weights in the folders. `work_dir`
+    is for what it leaves (log, drafts); the embedded engine writes nothing. ConfigError, EngineConfigError or
+    EngineError for what cannot be loaded or started.
+    """
+    if rollout.engine == "sglang":
+        return start_sglang(policy, rollout, draft, tokenizer, work_dir, serves_files=serves_files)
+    return _embedded_engine(policy, rollout, draft, tokenizer)
+
+
+def _embedded_engine(
     policy: Path, rollout: RolloutConfig, draft: Eagle3 | None, tokenizer: PreTrainedTokenizerBase
 ) -> TorchEngine:
-    """An engine that serves `policy` (and `draft`, which it takes over). ConfigError for what cannot be loaded."""
     dtype, device = DTYPES[rollout.dtype], device_of(rollout)
     try:
         decoder = Decoder.from_hf(policy, dtype, device)
@@ -122,3 +145,34 @@ def build_engine(
         detokenize=lambda ids: tokenizer.decode(list(ids), skip_special_tokens=False),
         version=-1,  # nothing is served before the first sync, which is version 0 or the resumed step
     )
+
+
+def start_sglang(
+    policy: Path,
+    rollout: RolloutConfig,
+    draft: Eagle3 | None,
+    tokenizer: PreTrainedTokenizerBase,
+    work_dir: Path,
+    *,
+    serves_files: bool,
+) -> SGLangEngine:
+    """A server of the two models, or the one at `rollout.sglang_address`: the one way of trainer and serve."""
+    from rollout_engine.sglang_engine import SGLangEngine
+
+    return SGLangEngine(
+        policy,
+        rollout,
+        draft=None if draft is None else draft_folder(rollout, draft, work_dir),
+        eos_token_ids=eos_token_ids(policy, tokenizer),
+        work_dir=work_dir,
+        serves_files=serves_files,
+    )
+
+
+def draft_folder(rollout: RolloutConfig, draft: Eagle3, work_dir: Path) -> Path:
+    """Where a server finds the draft: its own folder, or for a random one `work_dir/draft`, written now."""
+    if rollout.speculative_draft_model_path:
+        return Path(rollout.speculative_draft_model_path)
+    with whole_folder(work_dir / "draft") as folder:
+        save_draft(draft, folder)
+    return work_dir / "draft"
