@@ -1,0 +1,93 @@
+"""JSON over HTTP to one server, from an event loop in a thread of its own, over connections that stay open."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+from collections.abc import Coroutine
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import aiohttp
+
+T = TypeVar("T")
+
+
+class ServerUnreachable(ConnectionError):
+    """No answer: the server is not there, went away in the middle, or took longer than allowed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    status: int
+    body: bytes
+
+    @property
+    def ok(self) -> bool:
+        return 200 <= self.status < 300
+
+    def json(self) -> Any:
+        """Raises ValueError when the body is not JSON."""
+        return json.loads(self.body)
+
+    def text(self, limit: int = 500) -> str:
+        return self.body.decode(errors="replace").strip()[:limit]
+
+
+class HttpClient:
+    """One client per server. Coroutines given to `run` share its loop: between two awaits nothing interferes."""
+
+    def __init__(self, address: str) -> None:
+        """`address` is http://HOST:PORT."""
+        self.address = address.rstrip("/")
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="http-client", daemon=True)
+        self._thread.start()
+        self._session = self.run(self._open())
+        self._is_closed = False
+
+    async def request(self, method: str, path: str, payload: Any = None, *, timeout_s: float | None = None) -> Reply:
+        """The server's answer, whatever its status. Raises ServerUnreachable when there is none in `timeout_s`."""
+        body = None if payload is None else json.dumps(payload, separators=(",", ":")).encode()
+        try:
+            async with self._session.request(
+                method,
+                self.address + path,
+                data=body,
+                headers={"Content-Type": "application/json"},
+                timeout=aiohttp.ClientTimeout(total=timeout_s, sock_connect=10.0),
+            ) as response:
+                return Reply(response.status, await response.read())
+        except (aiohttp.ClientError, TimeoutError, ConnectionError) as error:
+            what = str(error) or type(error).__name__
+            raise ServerUnreachable(f"{method} {self.address}{path}: {what}") from error
+
+    def call(self, method: str, path: str, payload: Any = None, *, timeout_s: float | None = None) -> Reply:
+        """`request`, from any other thread."""
+        return self.run(self.request(method, path, payload, timeout_s=timeout_s))
+
+    def run(self, work: Coroutine[Any, Any, T]) -> T:
+        """Run in the loop and wait for the result."""
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+
+    def close(self) -> None:
+        """Cancel what runs, close the connections, end the thread. Idempotent."""
+        if self._is_closed:
+            return
+        self._is_closed = True
+        self.run(self._shut())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    async def _open(self) -> aiohttp.ClientSession:
+        # No limit on connections: how many requests run at once is decided by the caller.
+        return aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0))
+
+    async def _shut(self) -> None:
+        tasks = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await self._session.close()

@@ -1,0 +1,106 @@
+"""A server in processes of its own, that leaves nothing behind: no orphan, no port, no accelerator memory."""
+
+from __future__ import annotations
+
+import atexit
+import errno
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from time import monotonic, sleep
+
+from rollout_engine.types import EngineError
+
+_SUPERVISOR = Path(__file__).with_name("supervise.py")
+_POLL_S = 0.25
+_STOP_TIMEOUT_S = 20.0
+
+
+class ServerProcess:
+    """`command` under a supervisor that kills all of its processes when this process is gone, even by kill -9.
+
+    Both output streams go to `log`. Runs in a session of its own, so that Ctrl-C in a terminal does not reach it.
+    """
+
+    def __init__(self, command: Sequence[str], log: Path, env: Mapping[str, str], cwd: Path) -> None:
+        self._log = log
+        with log.open("ab") as stream:
+            self._process = subprocess.Popen(
+                [sys.executable, str(_SUPERVISOR), str(os.getpid()), *command],
+                stdin=subprocess.DEVNULL,
+                stdout=stream,
+                stderr=subprocess.STDOUT,
+                env=dict(env),
+                cwd=cwd,
+                start_new_session=True,
+            )
+        atexit.register(self.close)
+
+    @property
+    def pid(self) -> int:
+        """Of the supervisor: the parent of all the server's processes."""
+        return self._process.pid
+
+    @property
+    def exit_status(self) -> int | None:
+        """None while it runs."""
+        return self._process.poll()
+
+    def log_tail(self, num_lines: int = 15) -> str:
+        return log_tail(self._log, num_lines)
+
+    def wait_until(self, is_ready: Callable[[], bool], timeout_s: float) -> bool:
+        """True once `is_ready`; False when `timeout_s` passed. Raises EngineError when the server ends before."""
+        deadline_s = monotonic() + timeout_s
+        while monotonic() < deadline_s:
+            if self.exit_status is not None:
+                raise EngineError(f"the server ended with status {self.exit_status} before it was ready")
+            if is_ready():
+                return True
+            sleep(_POLL_S)
+        return False
+
+    def close(self) -> None:
+        """Stop it and wait until every process is gone. Idempotent."""
+        atexit.unregister(self.close)
+        if self._process.poll() is None:
+            self._process.terminate()
+            try:
+                self._process.wait(_STOP_TIMEOUT_S)
+            except subprocess.TimeoutExpired:  # processes that cannot die, as in a stuck driver call
+                self._process.kill()
+                self._process.wait()
+
+
+def log_tail(log: Path, num_lines: int = 15) -> str:
+    """The last lines of a log that may be large and still growing."""
+    try:
+        with log.open("rb") as stream:
+            stream.seek(max(0, log.stat().st_size - 64 * 1024))
+            lines = stream.read().decode(errors="replace").splitlines()
+    except FileNotFoundError:
+        return ""
+    return "\n".join(lines[-num_lines:])
+
+
+def free_port(host: str = "127.0.0.1") -> int:
+    """A TCP port that nobody listens on now."""
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+        probe.bind((host, 0))
+        return int(probe.getsockname()[1])
+
+
+def port_is_taken(port: int, host: str = "127.0.0.1") -> bool:
+    """Whether another process listens there, or it is otherwise not to be had."""
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            if error.errno in (errno.EADDRINUSE, errno.EACCES):
+                return True
+            raise
+    return False

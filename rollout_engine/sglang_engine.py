@@ -1,0 +1,370 @@
+"""The production engine: an SGLang server, started here or running elsewhere, behind `RolloutEngine`.
+
+All that knows SGLang lies in this file and its three parts: sglang_install (which one is there), sglang_flags (how it
+is started), sglang_wire (what is said to it); and in `sync.loader`, which runs inside it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from queue import Empty
+from time import monotonic, sleep
+from typing import Any
+
+from rollout_engine.checks import check_requests
+from rollout_engine.config import RolloutConfig
+from rollout_engine.http_client import Reply, ServerUnreachable
+from rollout_engine.request_pool import Piece, Progress, RequestPool
+from rollout_engine.server_process import ServerProcess
+from rollout_engine.sglang_install import update_protocol
+from rollout_engine.sglang_launch import attach, has_tokenizer, read_json, start
+from rollout_engine.sglang_wire import error_text, generate_body, read_piece, update_body
+from rollout_engine.types import (
+    BadRequest,
+    EngineConfigError,
+    EngineError,
+    RolloutRequest,
+    Sample,
+    SamplingParams,
+)
+from sync.plan import SyncError, SyncPlan
+from sync.publish import Transport
+from sync.receiver import Bundle
+from sync.remote import RemoteTransport, connect
+
+_log = logging.getLogger(__name__)
+_POLL_S = 0.5
+_DEATH_S = 3.0  # how long a server that broke a connection may take to be seen dead
+_FLUSH_TIMEOUT_S = 30.0
+_CONTROL_TIMEOUT_S = 300.0  # for one weight update, release or resume of memory
+_WARM_UP_TOKENS = 8
+
+
+class SGLangEngine:
+    """Implements `RolloutEngine`. One `generate` at a time; weights may be sent between its samples.
+
+    Nothing is served before the first sync, except with `serves_files`, when it serves the files' weights as version
+    0. A stop string is looked for in what one version wrote: across a sync in mid-response none is seen.
+    """
+
+    def __init__(
+        self,
+        policy: Path,
+        config: RolloutConfig,
+        *,
+        draft: Path | None = None,
+        eos_token_ids: Sequence[int] = (),
+        work_dir: Path,
+        serves_files: bool = False,
+    ) -> None:
+        """Start a server over `policy` and `draft` (EAGLE-3, SGLang's form), or attach to config.sglang_address.
+
+        `work_dir` gets engine.log and the files of syncs. Raises EngineConfigError for settings, files or an
+        installation from which no server can be started, and EngineError with the last lines of its log when it does
+        not come up.
+        """
+        self._config, self._eos = config, tuple(eos_token_ids)
+        sizes = read_json(policy / "config.json")
+        self._vocab_size = int(sizes["vocab_size"])
+        self._context_length = config.context_length or int(sizes["max_position_embeddings"])
+        self._depth = 0 if config.speculative_algorithm == "NONE" else config.speculative_num_steps
+        self._roles = ["draft", "policy"] if config.speculative_algorithm == "EAGLE3" else ["policy"]
+        work_dir.mkdir(parents=True, exist_ok=True)
+        self._work_dir = work_dir
+        self._has_tokenizer = has_tokenizer(policy)
+        self._process: ServerProcess | None = None
+        if config.sglang_address:
+            server = attach(config, policy, self._context_length)
+        else:
+            server = start(config, policy, draft, self._context_length, work_dir, leaves_room=not serves_files)
+        self._process, self._client, self._server_version = server.process, server.client, server.version
+        self._pool = RequestPool(self._serve, self._stop, config.max_running_requests)
+        self._transport: _SteppingTransport | None = None
+        self._version = 0 if serves_files else -1
+        self._shut_because = "" if serves_files else "no weights have been sent to it yet: publish a version first"
+        self._released: list[str] = []  # kinds of memory that the server has given back
+        self._has_weights = True  # False from offload to the next complete sync
+        self._is_generating = self._is_syncing = self._is_closed = False
+        if serves_files:
+            self._client.run(self._pool.open(0))
+
+    # ------------------------------------------------------------ what a run asks of an engine
+
+    @property
+    def address(self) -> str:
+        """http://HOST:PORT of the server; OpenAI's endpoints lie under /v1."""
+        return self._client.address
+
+    @property
+    def reproducible(self) -> bool:
+        """False when seeds do not determine the samples: SGLang ignores them while verifying, so none are sent."""
+        return self._config.temperature == 0
+
+    def generate(self, requests: Iterable[RolloutRequest]) -> Iterator[Sample]:
+        """Samples as they finish, in no fixed order. See `RolloutEngine`; seeds of the requests are not used.
+
+        Raises BadRequest for a request that cannot be served and EngineError while nothing may be served, both before
+        any work; later EngineError naming the request that the server refused, or with the last lines of the log of
+        a server that died. Abandoning the iterator stops what is running.
+        """
+        requests = list(requests)
+        self._check(requests)
+        self._require_free()
+        self._require_open()
+        return self._collect(requests)
+
+    def abort(self, keys: Iterable[tuple[int, int]] | None = None) -> None:
+        """Finish requests early, all of them by default: each still yields what it has so far."""
+        self._client.run(self._pool.abort(None if keys is None else set(keys)))
+
+    def warm_up(self) -> None:
+        """One batch as large as the run's, at its temperature, so that the first rollout waits for no compilation.
+
+        Its prompts are forgotten afterwards. With EAGLE-3 at temperature 1 the first batch ever on a machine can take
+        more than a minute.
+        """
+        config = self._config
+        num_tokens = min(_WARM_UP_TOKENS, self._context_length // 2)
+        sampling = SamplingParams(
+            temperature=config.temperature, top_p=config.top_p, top_k=config.top_k, max_new_tokens=num_tokens
+        )
+        requests = [
+            RolloutRequest(-1, slot, tuple((slot + i) % self._vocab_size for i in range(num_tokens)), sampling)
+            for slot in range(config.max_running_requests)
+        ]
+        for _ in self.generate(requests):
+            pass
+        self._flush()
+
+    def state(self) -> dict[str, Any]:
+        """Nothing to keep: the server drafts at a fixed depth."""
+        return {}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Also of a run that had another engine, whose state says nothing to this one."""
+
+    def without_speculation(self) -> SGLangEngine:
+        """A server cannot switch: EngineConfigError."""
+        raise EngineConfigError(
+            "a running SGLang server cannot decode plainly for comparison: set plain_probe_interval = 0, and compare "
+            "two runs, the other with rollout.speculative_algorithm = 'NONE'"
+        )
+
+    # ------------------------------------------------------------ weights and memory
+
+    @property
+    def transport(self) -> Transport:
+        """The way for weights. The first use asks the server for its tensors, and puts it at no version at all."""
+        if self._transport is None:
+            config = self._config
+            kind = "ipc" if config.sync_transport == "auto" else config.sync_transport
+            exchange = Path(config.sync_dir) if config.sync_dir else self._work_dir / "sync"
+            exchange.mkdir(parents=True, exist_ok=True)
+            self._close_gate("no weights have been sent to it yet: publish a version first")
+            self._transport = _SteppingTransport(connect(kind, self.deliver, self._roles, exchange), self)
+        return self._transport
+
+    def deliver(self, payload: bytes) -> None:
+        """Hand `payload` to the loader of every model (`sync.wire.Deliver`), while nothing runs.
+
+        Running requests are interrupted and wait with what they have; `_SteppingTransport` lets them go on once the
+        loader's verdict is known. Raises SyncError when the server cannot be reached or died of it.
+        """
+        begin_end = update_protocol(self._server_version)
+        try:
+            self._client.run(self._pool.hold())
+            if begin_end:
+                self._control("/begin_weight_update", {"selector": "all"})
+            body = update_body(payload) | ({"selector": "all"} if begin_end else {})
+            self._control("/update_weights_from_tensor", body)
+            if begin_end:
+                self._control("/end_weight_update", {})
+            self._resume("kv_cache")
+            self._flush()
+        except EngineError as error:
+            raise SyncError(f"the engine could not be handed new weights: {error}") from error
+
+    def offload(self) -> None:
+        """Give weights and KV back while the policy trains; nothing is served until `onload` and a complete sync.
+
+        Without rollout.offload the server keeps its memory, and only that it may not serve is remembered.
+        """
+        self._require_free()
+        self._close_gate("its memory is given back: call onload() and publish a version")
+        self._has_weights = False
+        if self._config.offload and not self._released:
+            self._flush()
+            self._control("/release_memory_occupation", {"tags": ["kv_cache", "weights"]})
+            self._released = ["kv_cache", "weights"]
+
+    def onload(self) -> None:
+        """Take memory for the weights again; KV follows with the sync that fills them, when less else is in use."""
+        self._resume("weights")
+        self._shut_because = "its weights are not filled yet after onload: publish a version"
+
+    def close(self) -> None:
+        """Stop the server; one that was attached is left running. Idempotent."""
+        if self._is_closed:
+            return
+        self._is_closed = True
+        self._shut_because = "it is closed"
+        if self._transport is not None:
+            self._transport.close()
+        if self._process is not None:
+            self._process.close()
+        self._client.close()
+
+    def _resume(self, tag: str) -> None:
+        if tag in self._released:
+            self._control("/resume_memory_occupation", {"tags": [tag]})
+            self._released.remove(tag)
+
+    def _flush(self) -> None:
+        """Forget the KV of old weights and prompts. A server refuses while the last request is being put away."""
+        deadline_s = monotonic() + _FLUSH_TIMEOUT_S
+        while not (reply := self._call("POST", "/flush_cache")).ok:
+            if monotonic() > deadline_s:
+                raise EngineError(f"the SGLang server does not flush its cache: {reply.text()}")
+            sleep(0.02)
+
+    def _control(self, path: str, payload: dict[str, Any]) -> None:
+        reply = self._call("POST", path, payload)
+        if not reply.ok:
+            raise EngineError(f"the SGLang server refused {path}: {error_text(reply.status, reply.text())}")
+
+    def _call(self, method: str, path: str, payload: Any = None) -> Reply:
+        try:
+            return self._client.call(method, path, payload, timeout_s=_CONTROL_TIMEOUT_S)
+        except ServerUnreachable as error:
+            raise EngineError(self._why_unreachable(str(error))) from error
+
+    def _close_gate(self, because: str) -> None:
+        self._client.run(self._pool.hold())
+        self._shut_because = because
+
+    def _open_gate(self, version: int) -> None:
+        self._version, self._shut_because = version, ""
+        self._client.run(self._pool.open(version))
+
+    # ------------------------------------------------------------ requests
+
+    def _check(self, requests: Sequence[RolloutRequest]) -> None:
+        check_requests(requests, self._context_length, has_detokenizer=self._has_tokenizer)
+        for request in requests:
+            # The server dies of these: its embedding reads beyond the table.
+            if not all(0 <= token < self._vocab_size for token in request.prompt_ids):
+                raise BadRequest(
+                    f"request (prompt {request.prompt_id}, sample {request.sample_id}): a prompt token is outside the "
+                    f"vocabulary of {self._vocab_size}"
+                )
+
+    def _collect(self, requests: list[RolloutRequest]) -> Iterator[Sample]:
+        self._require_free()
+        self._is_generating = True
+        try:
+            self._client.run(self._pool.submit(self._progress(request) for request in requests))
+            for _ in requests:
+                yield self._next()
+        finally:
+            self._is_generating = False
+            if not self._is_closed:
+                self._client.run(self._pool.drop())
+
+    def _progress(self, request: RolloutRequest) -> Progress:
+        room = self._context_length - len(request.prompt_ids)
+        return Progress(request, min(request.sampling.max_new_tokens, room))
+
+    def _next(self) -> Sample:
+        while True:
+            try:
+                found = self._pool.results.get(timeout=_POLL_S)
+            except Empty:
+                if self._process is not None and self._process.exit_status is not None:
+                    raise EngineError(self._why_unreachable("it is gone")) from None
+                if self._shut_because and not self._is_syncing:
+                    raise EngineError(
+                        f"requests wait for an engine that serves nothing: {self._shut_because}"
+                    ) from None
+                continue
+            if isinstance(found, Exception):
+                raise found
+            return found
+
+    async def _serve(self, rid: str, progress: Progress) -> Piece:
+        prompt_id, sample_id = progress.request.key
+        name = f"request (prompt {prompt_id}, sample {sample_id})"
+        try:
+            body = generate_body(rid, progress, self._eos, self._config.min_p)
+            reply = await self._client.request("POST", "/generate", body)
+        except ServerUnreachable as error:
+            raise EngineError(f"{name}: {self._why_unreachable(str(error))}") from error
+        if not reply.ok:
+            raise EngineError(f"{name}: the SGLang server refused it: {error_text(reply.status, reply.text())}")
+        try:
+            return read_piece(reply.json(), self._depth)
+        except (EngineError, ValueError) as error:
+            raise EngineError(f"{name}: {error}") from error
+
+    async def _stop(self, rid: str | None) -> None:
+        payload = {"abort_all": True} if rid is None else {"rid": rid}
+        try:
+            await self._client.request("POST", "/abort_request", payload, timeout_s=_CONTROL_TIMEOUT_S)
+        except ServerUnreachable as error:
+            raise EngineError(self._why_unreachable(str(error))) from error
+
+    def _why_unreachable(self, what: str) -> str:
+        process = self._process
+        if process is None:
+            return f"the SGLang server at {self.address} does not answer: {what}"
+        deadline_s = monotonic() + _DEATH_S
+        while process.exit_status is None and monotonic() < deadline_s:
+            sleep(0.05)
+        state = "runs but does not answer" if process.exit_status is None else f"ended ({process.exit_status})"
+        return f"the SGLang server {state}: {what}; the end of {self._work_dir / 'engine.log'}:\n{process.log_tail()}"
+
+    def _require_free(self) -> None:
+        if self._is_generating:
+            raise EngineError("generate() was called while another generate() of this engine is still being read")
+
+    def _require_open(self) -> None:
+        if self._shut_because:
+            raise EngineError(f"the SGLang engine serves nothing: {self._shut_because}")
+
+
+class _SteppingTransport:
+    """The transport into the server; what its verdict says decides whether and as which version the engine serves."""
+
+    def __init__(self, inner: RemoteTransport, engine: SGLangEngine) -> None:
+        self._inner, self._engine = inner, engine
+
+    @property
+    def plan(self) -> SyncPlan:
+        return self._inner.plan
+
+    @property
+    def phases_s(self) -> Mapping[str, float]:
+        """Of the last send, as `sync.remote.RemoteTransport` measures them."""
+        return self._inner.phases_s
+
+    def send(self, bundle: Bundle) -> int:
+        """See `sync.publish.Transport`. After a refusal the old version serves on, if it is whole and still there."""
+        engine, inner = self._engine, self._inner
+        engine._is_syncing = True
+        try:
+            version = inner.send(bundle)
+            engine._has_weights = True
+            engine._open_gate(version)
+            return version
+        except SyncError as error:
+            if not inner.dirty and inner.version >= 0 and engine._has_weights:
+                engine._open_gate(inner.version)
+            else:
+                engine._shut_because = f"the last sync failed ({error})"
+            raise
+        finally:
+            engine._is_syncing = False
+
+    def close(self) -> None:
+        self._inner.close()

@@ -1,0 +1,261 @@
+"""Starting an SGLang server, or attaching to one that runs: everything between the settings and a healthy address."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rollout_engine.config import RolloutConfig
+from rollout_engine.http_client import HttpClient, ServerUnreachable
+from rollout_engine.memory import count_parameters, memory_needed, static_fraction
+from rollout_engine.server_process import ServerProcess, free_port, port_is_taken
+from rollout_engine.sglang_flags import check_draft_fits, command_line, server_settings
+from rollout_engine.sglang_install import Installation, canonical, find_sglang, known_flags, update_protocol
+from rollout_engine.sglang_wire import failure_cause
+from rollout_engine.types import EngineConfigError, EngineError
+
+_log = logging.getLogger(__name__)
+_PROJECT = Path(__file__).resolve().parent.parent
+_TRAINER_SHARE = 0.5  # of the free GPU memory, at most, for an engine that shares the GPU with training
+_ALONE_SHARE = 0.85  # where no training runs beside it
+_HEALTH_TIMEOUT_S = 30.0
+_ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
+# torchrun's variables would make SGLang's own process groups join the trainer's.
+_NOT_FOR_THE_SERVER = (
+    "RANK",
+    "LOCAL_RANK",
+    "GROUP_RANK",
+    "WORLD_SIZE",
+    "LOCAL_WORLD_SIZE",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Server:
+    client: HttpClient
+    version: str
+    process: ServerProcess | None  # None: not ours
+
+
+def start(
+    config: RolloutConfig, policy: Path, draft: Path | None, context_length: int, work_dir: Path, *, leaves_room: bool
+) -> Server:
+    """Start a server and wait until it is healthy. `leaves_room`: a trainer computes on the same GPU.
+
+    Raises EngineConfigError before anything is started, or with the cause that the server's log names; EngineError
+    when it does not become healthy in time. Nothing is left running then.
+    """
+    device = _device(config)
+    installation = find_sglang(config.sglang_python)
+    known = known_flags(installation.folder)
+    extra = canonical(config.sglang, known, installation.version)
+    _check_environment(config, installation, device)
+    _check_files(config, policy, draft)
+    port = int(extra.get("port", 0)) or free_port()
+    if port_is_taken(port):
+        raise EngineConfigError(f"rollout.sglang.port = {port} is taken: name another, or leave it out")
+    settings = server_settings(
+        config,
+        policy.resolve(),
+        None if draft is None else draft.resolve(),
+        device=device,
+        context_length=context_length,
+        port=port,
+        mem_fraction_static=_memory_share(config, policy, draft, device, context_length, extra, leaves_room),
+        has_flashinfer=installation.has_flashinfer,
+        has_tokenizer=has_tokenizer(policy),
+        extra=extra,
+    )
+    spelled = {known[key.replace("-", "_")]: key.replace("-", "_") for key in config.sglang}
+    command = [installation.python, "-m", "sglang.launch_server", *command_line(settings, spelled)]
+    log = work_dir / "engine.log"
+    log.unlink(missing_ok=True)
+    process = ServerProcess(command, log, _environment(device, work_dir), work_dir)
+    client = HttpClient(f"http://127.0.0.1:{port}")
+    try:
+        _wait_until_healthy(process, client, config.sglang_start_timeout_s, log)
+    except BaseException:
+        client.close()
+        process.close()
+        raise
+    return Server(client, installation.version, process)
+
+
+def attach(config: RolloutConfig, policy: Path, context_length: int) -> Server:
+    """Use the server at config.sglang_address, which is not ours to stop.
+
+    Raises EngineConfigError when nothing answers there, or naming all in which it is not the server that `config` asks
+    for.
+    """
+    address = config.sglang_address
+    client = HttpClient(address)
+    try:
+        reply = client.call("GET", "/server_info", timeout_s=_HEALTH_TIMEOUT_S)
+        info = reply.json() if reply.ok else {}
+    except (ServerUnreachable, ValueError) as error:
+        client.close()
+        raise EngineConfigError(f"rollout.sglang_address = {address!r}: no SGLang server answers ({error})") from error
+    faults = attach_faults(info, config, policy, context_length)
+    if faults:
+        client.close()
+        raise EngineConfigError(f"rollout.sglang_address = {address!r}: {'; '.join(faults)}")
+    update_protocol(info["version"])
+    return Server(client, info["version"], None)
+
+
+def attach_faults(info: Mapping[str, Any], config: RolloutConfig, policy: Path, context_length: int) -> list[str]:
+    """In what a running server, described by its /server_info, is not the one that `config` asks for."""
+    if "version" not in info:
+        return ["what answers there does not describe itself as SGLang"]
+    speculates = config.speculative_algorithm != "NONE"
+    wanted: dict[str, Any] = {
+        "speculative_algorithm": config.speculative_algorithm if speculates else None,
+        "dtype": config.dtype,
+    }
+    if speculates:
+        wanted["speculative_num_draft_tokens"] = config.speculative_num_steps + 1
+    if config.speculative_algorithm == "EAGLE3" and info.get("device") != "cpu":
+        wanted["speculative_use_rejection_sampling"] = config.verify_rule == "rejection"
+    faults = [
+        f"it runs with {name} = {info.get(name)!r}, the run asks for {value!r}"
+        for name, value in wanted.items()
+        if info.get(name) != value
+    ]
+    if Path(info.get("model_path", "")).resolve() != policy.resolve():
+        faults.append(f"it serves model_path = {info.get('model_path')!r}, the run's policy is {str(policy)!r}")
+    if (found := info.get("context_length")) is not None and found < context_length:
+        faults.append(f"its context_length = {found} is below the run's {context_length}")
+    if "sync.loader.load" not in (info.get("custom_weight_loader") or ()):
+        faults.append("it was started without --custom-weight-loader sync.loader.load, so no weights can be sent to it")
+    return faults
+
+
+def has_tokenizer(policy: Path) -> bool:
+    return any((policy / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json"))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object. EngineConfigError naming the file when it is none."""
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise EngineConfigError(f"{path} cannot be read ({error})") from error
+    if not isinstance(found, dict):
+        raise EngineConfigError(f"{path}: expected a JSON object, found {type(found).__name__}")
+    return found
+
+
+def _device(config: RolloutConfig) -> str:
+    """ "cpu", "cuda" or "cuda:N"; "auto" takes CUDA when there is one."""
+    if config.device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    name, _, index = config.device.partition(":")
+    num_gpus = torch.cuda.device_count()
+    if name == "cuda" and int(index or 0) >= num_gpus:
+        raise EngineConfigError(f"rollout.device = {config.device!r}: this machine has {num_gpus} GPUs")
+    return config.device
+
+
+def _check_environment(config: RolloutConfig, installation: Installation, device: str) -> None:
+    if config.dtype not in _ITEMSIZE:
+        raise EngineConfigError(f"rollout.dtype = {config.dtype!r}: SGLang computes in {', '.join(_ITEMSIZE)}")
+    if config.offload and device == "cpu":
+        raise EngineConfigError("rollout.offload = true gives GPU memory back: leave it out on a CPU")
+    if config.offload and not installation.has_memory_saver:
+        raise EngineConfigError(
+            f"rollout.offload = true needs torch_memory_saver beside SGLang: {installation.python} -m pip install "
+            "torch_memory_saver"
+        )
+    simulated = sorted(name for name in os.environ if name.startswith("SGLANG_SIMULATE_ACC"))
+    if simulated and not config.allow_lossy and config.speculative_algorithm != "NONE":
+        raise EngineConfigError(
+            f"{simulated[0]} is set: drafts would be accepted by decree, not by the policy; unset it, or time kernels "
+            "with rollout.allow_lossy = true"
+        )
+
+
+def _check_files(config: RolloutConfig, policy: Path, draft: Path | None) -> None:
+    sizes = read_json(policy / "config.json")
+    limit = sizes.get("max_position_embeddings")
+    if limit is not None and config.context_length > limit:
+        raise EngineConfigError(
+            f"rollout.context_length = {config.context_length} is above the {limit} positions of {policy}"
+        )
+    if draft is not None:
+        path = draft / "config.json"
+        check_draft_fits(sizes, read_json(path), path, config.verify_rule)
+
+
+def _memory_share(
+    config: RolloutConfig,
+    policy: Path,
+    draft: Path | None,
+    device: str,
+    context_length: int,
+    extra: Mapping[str, Any],
+    leaves_room: bool,
+) -> float | None:
+    """mem_fraction_static; None on a CPU, where SGLang's own default stands."""
+    if device == "cpu":
+        return None
+    need = memory_needed(
+        read_json(policy / "config.json"),
+        None if draft is None else read_json(draft / "config.json"),
+        policy_params=count_parameters(policy),
+        draft_params=0 if draft is None else count_parameters(draft),
+        itemsize=_ITEMSIZE[config.dtype],
+        num_slots=config.max_running_requests,
+        tokens_per_slot=context_length,
+    )
+    free_bytes, _ = torch.cuda.mem_get_info(torch.device(device))
+    default = _TRAINER_SHARE if leaves_room and not config.offload else _ALONE_SHARE
+    most = float(extra.get("mem_fraction_static", default))
+    share = static_fraction(need, free_bytes, most)
+    if need.total_bytes > free_bytes * most:
+        _log.warning("KV memory does not hold every request at full length, some will wait: the engine needs %s", need)
+    return share
+
+
+def _environment(device: str, work_dir: Path) -> dict[str, str]:
+    """The server's: this process's, and the package `sync` alone, whatever else lies beside it here."""
+    visible = work_dir / "python"
+    visible.mkdir(exist_ok=True)
+    link = visible / "sync"
+    link.unlink(missing_ok=True)
+    link.symlink_to(_PROJECT / "sync")
+    env = {key: value for key, value in os.environ.items() if key not in _NOT_FOR_THE_SERVER}
+    env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(visible), env.get("PYTHONPATH", "")]))
+    # Lets the server's context be a little longer than the model's, see sglang_flags, and a draft's shorter.
+    env["SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN"] = "1"
+    if device == "cpu":
+        env["SGLANG_USE_CPU_ENGINE"] = "1"
+    return env
+
+
+def _wait_until_healthy(process: ServerProcess, client: HttpClient, timeout_s: float, log: Path) -> None:
+    def is_healthy() -> bool:
+        try:
+            return client.call("GET", "/health", timeout_s=_HEALTH_TIMEOUT_S).ok
+        except ServerUnreachable:
+            return False
+
+    try:
+        healthy = process.wait_until(is_healthy, timeout_s)
+    except EngineError as error:
+        cause = failure_cause(process.log_tail(400))
+        what = f"the SGLang server did not start: {cause or error}; the end of {log}:\n{process.log_tail()}"
+        raise (EngineConfigError if cause else EngineError)(what) from None
+    if not healthy:
+        raise EngineError(
+            f"the SGLang server is not healthy after {timeout_s:.0f} s (rollout.sglang_start_timeout_s); the end of "
+            f"{log}:\n{process.log_tail()}"
+        )

@@ -1,0 +1,133 @@
+"""What is said to an SGLang server and what it answers, as pure functions. Tried with 0.5.15.post1 and 0.5.20."""
+
+from __future__ import annotations
+
+import base64
+import pickle
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from rollout_engine.request_pool import Piece, Progress
+from rollout_engine.types import EngineError, FinishReason, SpecStats
+from sync.wire import LOADER
+
+
+def generate_body(rid: str, progress: Progress, eos_token_ids: Sequence[int], min_p: float) -> dict[str, Any]:
+    """The /generate request for the rest of a response. No seed: SGLang 0.5.15 ignores seeds while verifying."""
+    sampling = progress.request.sampling
+    params: dict[str, Any] = {
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": sampling.top_k or -1,
+        "min_p": min_p,
+        "max_new_tokens": progress.num_left,
+        "stop_token_ids": sorted({*eos_token_ids, *sampling.stop_token_ids}),
+    }
+    if sampling.stop:
+        # A stop string is text of special tokens too, as in the embedded engine.
+        params |= {"stop": list(sampling.stop), "skip_special_tokens": False}
+    return {"rid": rid, "input_ids": progress.prompt_ids, "sampling_params": params, "return_logprob": True}
+
+
+def read_piece(answer: Mapping[str, Any], draft_depth: int) -> Piece:
+    """One /generate answer. EngineError when it is not what SGLang's protocol promises.
+
+    Log-probs are log_softmax(logits / T) before top-k and top-p, of the verifying forward under speculation, and
+    those of T = 1 for greedy requests.
+    """
+    try:
+        meta = answer["meta_info"]
+        token_ids = tuple(int(token) for token in answer["output_ids"])
+        # One that was stopped within its prefill has the log-prob of a token which it does not report.
+        entries = (meta.get("output_token_logprobs") or [])[: len(token_ids)]
+        reason = _REASONS[meta["finish_reason"]["type"]]
+    except (KeyError, TypeError) as error:
+        raise EngineError(f"SGLang's answer lacks {error}") from error
+    if tuple(entry[1] for entry in entries) != token_ids:
+        raise EngineError(f"SGLang's answer: {len(token_ids)} tokens, log-probs of {len(entries)} or of other ones")
+    spec = plain_stats(len(token_ids)) if draft_depth == 0 else spec_stats(meta, draft_depth)
+    return Piece(token_ids, tuple(float(entry[0]) for entry in entries), reason, spec)
+
+
+_REASONS = {"stop": FinishReason.STOP, "length": FinishReason.LENGTH, "abort": FinishReason.ABORT}
+
+
+def plain_stats(num_tokens: int) -> SpecStats:
+    """Every token after the first, which the prefill brings, took one forward."""
+    return SpecStats(num_decode_steps=max(0, num_tokens - 1))
+
+
+def spec_stats(meta: Mapping[str, Any], draft_depth: int) -> SpecStats:
+    """Statistics from the histogram alone, which counts every verify step by its accepted drafts.
+
+    The server's own spec_accept_length divides all tokens, the prefill's included, by verify steps, and drops drafts
+    behind the response's end; its spec_accept_rate assumes the depth of the launch. Drafts that were accepted behind a
+    response's end do count here, at most `draft_depth` per response. Each step is taken to propose `draft_depth`
+    drafts: exact for a fixed depth; under SGLang's speculative_adaptive, which does not say what it proposed, an upper
+    bound, so that rates by position are lower bounds then (accept_length stays exact). An n-gram step without a match
+    verifies padding, and counts as a step whose proposals were all rejected.
+    """
+    histogram = list(meta.get("spec_correct_drafts_histogram") or meta.get("spec_accept_histogram") or [])
+    depth = max(draft_depth, len(histogram) - 1)
+    histogram += [0] * (depth + 1 - len(histogram))
+    num_steps = sum(histogram)
+    if num_steps != meta.get("spec_verify_ct", num_steps):
+        raise EngineError(f"SGLang counts {meta['spec_verify_ct']} verify steps, its histogram {num_steps}")
+    return SpecStats(
+        num_decode_steps=num_steps,
+        num_verify_steps=num_steps,
+        accepted_histogram=tuple(histogram),
+        proposed_by_position=(num_steps,) * depth,
+        accepted_by_position=tuple(sum(histogram[position + 1 :]) for position in range(depth)),
+    )
+
+
+def update_body(payload: bytes) -> dict[str, Any]:
+    """The /update_weights_from_tensor request that hands `payload` to the loader of every model.
+
+    A flush within the update kills SGLang 0.5.15 when it is refused, so it is asked for separately.
+    """
+    message = torch.frombuffer(bytearray(payload), dtype=torch.uint8)
+    pickled = pickle.dumps([("slipstream", message)], protocol=pickle.HIGHEST_PROTOCOL)
+    return {
+        "serialized_named_tensors": [base64.b64encode(pickled).decode()],
+        "load_format": LOADER,
+        "flush_cache": False,
+    }
+
+
+def error_text(status: int, text: str) -> str:
+    """The message inside an error answer, in one line."""
+    found = re.search(r'"(?:message|msg|detail)"\s*:\s*"((?:[^"\\]|\\.)*)"', text)
+    return f"HTTP {status}: {' '.join((found.group(1) if found else text).split())}"
+
+
+_CAUSES = (
+    (r"unrecognized arguments?: (?P<what>.+)", "it does not know the flag {what}"),
+    (r"error: argument (?P<what>.+)", "it refuses the flag {what}"),
+    (
+        r"(?i)(?P<what>cuda out of memory|torch\.OutOfMemoryError|not enough memory\b[^\n]*|cudaErrorMemoryAllocation)",
+        "accelerator memory ran out ({what}): lower rollout.max_running_requests or rollout.context_length, or choose "
+        "rollout.sglang.mem_fraction_static",
+    ),
+    (r"(?i)(?P<what>address already in use|port \d+ is (?:already )?in use)", "its port is taken ({what})"),
+    (
+        r"No module named '(?P<what>[\w.]+)'",
+        "its environment lacks the module {what}: pip install '.[sglang]', or name another rollout.sglang_python",
+    ),
+    (
+        r"(?P<what>(?:[^\n]*draft[^\n]*)(?:mismatch|not match|does not fit|must (?:be|match|equal))[^\n]*)",
+        "the draft does not fit ({what})",
+    ),
+)
+
+
+def failure_cause(log: str) -> str:
+    """Why a server did not start, read from its log; "" when it is none of the known causes."""
+    for pattern, text in _CAUSES:
+        if found := re.search(pattern, log):
+            return text.format(what=found.group("what").strip())
+    return ""
