@@ -184,11 +184,6 @@ def _warnings(config: RolloutConfig) -> list[str]:
             f"rollout.controller = 'adaptive': SGLang always drafts {config.speculative_num_steps} tokens (say "
             "--rollout.controller fixed), unless --sglang-speculative-adaptive lets it choose by its own table"
         )
-    if config.temperature > 0:
-        warnings.append(
-            "SGLang ignores seeds while verifying, so none are sent: two equal runs differ, and the metrics say "
-            "reproducible = false"
-        )
     return warnings
 
 

@@ -34,6 +34,14 @@ def run(*arguments, cwd):
         (["train", "--hf-checkpoint", "absent", "--prompt-data", "p", "--speculative-num-steps=0"], "with EAGLE3"),
         (["train", "--hf-checkpoint", "absent", "--prompt-data", "p", "--dry-run"], "absent: no such folder"),
         (["generate", "--policy", "absent", "--prompt", "x"], "absent"),
+        (["serve", "--policy", "absent"], "absent: no such folder"),
+        (["serve", "--policy", "absent", "--engine", "torch"], "serve starts an SGLang server; leave --engine out"),
+        (["serve", "--policy", "absent", "--speculative-algorithm", "EAGLE3"], "give --draft DIR"),
+        (["serve", "--policy", "absent", "--speculative-draft-model-path", "d"], "give serve its draft as --draft DIR"),
+        (["serve", "--policy", "absent", "--rollout-external-engine-addrs", "h:1"], "http://h:1 is served already"),
+        (["serve", "--policy", "absent", "--sglang-tp-size", "2"], "over several GPUs is not built yet"),
+        (["serve", "--policy", "absent", "--prot", "1"], "unknown flag --prot"),
+        (["serve"], "--policy"),
         (["make-model", "--out", "m", "--size", "5m"], "did you mean '3m'"),
         (["make-model"], "--out"),
         (["bench", "rolout"], "did you mean 'rollout'"),
@@ -50,7 +58,7 @@ def test_bad_input_is_one_line_and_status_2(tmp_path, arguments, message):
 
 
 def test_help_is_everywhere_and_starts_without_torch(capsys):
-    for command in ("train", "demo", "generate", "report", "doctor", "make-model"):
+    for command in ("train", "demo", "generate", "serve", "report", "doctor", "make-model"):
         with pytest.raises(SystemExit) as left:
             main([command, "--help"])
         assert left.value.code == 0 and "usage: slipstream" in capsys.readouterr().out

@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from draft_models.checkpoint import load_draft
+from draft_models.config import DraftConfig
+from draft_models.eagle3 import Eagle3, Eagle3Config
+from rollout_engine import sglang_engine
 from rollout_engine.config import RolloutConfig
 from rollout_engine.speculation import CostTable
+from rollout_engine.torch_engine import TorchEngine
 from rollout_engine.types import FinishReason, RolloutRequest, Sample, SamplingParams
 from trainer.cli import main
 from trainer.config import ConfigError
+from trainer.hf_files import read_config
 from trainer.make_model import MakeModelConfig, make_model
 from trainer.serving import build_engine, context_length, device_of, eos_token_ids, load_tokenizer
 
@@ -86,8 +94,50 @@ def test_what_the_engine_refuses_is_one_line(
     assert "t.json: measured up to 1 draft tokens" in said[-1] and said[-1].startswith("slipstream: error: ")
 
 
+class Started:
+    """Stands where SGLangEngine does and keeps what it was asked for."""
+
+    def __init__(self, policy: Path, config: RolloutConfig, **arguments: Any) -> None:
+        self.policy, self.config, self.arguments = policy, config, arguments
+
+
+def test_the_engine_is_the_one_that_the_settings_name(
+    policy_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sglang_engine, "SGLangEngine", Started)
+    tokenizer = load_tokenizer(policy_dir)
+    assert isinstance(build_engine(policy_dir, PLAIN, None, tokenizer, tmp_path / "engine"), TorchEngine)
+    assert not (tmp_path / "engine").exists()  # the embedded engine leaves nothing behind
+    settings = replace(PLAIN, engine="sglang")
+    started = build_engine(policy_dir, settings, None, tokenizer, tmp_path / "engine", serves_files=True)
+    assert isinstance(started, Started) and (started.policy, started.config) == (policy_dir, settings)
+    assert started.arguments == {
+        "draft": None,
+        "eos_token_ids": eos_token_ids(policy_dir, tokenizer),
+        "work_dir": tmp_path / "engine",
+        "serves_files": True,
+    }
+
+
+def test_a_server_gets_a_random_draft_as_a_folder_and_a_trained_one_where_it_lies(
+    policy_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sglang_engine, "SGLangEngine", Started)
+    settings = RolloutConfig(engine="sglang")
+    draft = Eagle3(Eagle3Config.from_target(read_config(policy_dir), DraftConfig()), seed=3)
+    started = build_engine(policy_dir, settings, draft, load_tokenizer(policy_dir), tmp_path)
+    assert isinstance(started, Started) and started.arguments["draft"] == tmp_path / "draft"
+    saved = load_draft(tmp_path / "draft", read_config(policy_dir)).named_tensors()
+    assert all(torch.equal(saved[name], tensor) for name, tensor in draft.named_tensors().items())
+    assert started.arguments["serves_files"] is False
+    trained = replace(settings, speculative_draft_model_path=str(tmp_path / "draft"))
+    started = build_engine(policy_dir, trained, draft, load_tokenizer(policy_dir), tmp_path / "second")
+    assert isinstance(started, Started) and started.arguments["draft"] == tmp_path / "draft"
+    assert not (tmp_path / "second").exists()
+
+
 def sampled(policy_dir: Path, tokenizer: object, stop: tuple[str, ...]) -> Sample:
-    engine = build_engine(policy_dir, PLAIN, None, tokenizer)  # type: ignore[arg-type]
+    engine = build_engine(policy_dir, PLAIN, None, tokenizer, Path("unused"))  # type: ignore[arg-type]
     sampling = SamplingParams(temperature=1.0, max_new_tokens=24, seed=3, stop=stop)
     (sample,) = engine.generate([RolloutRequest(0, 0, (1, 2, 3), sampling)])
     return sample

@@ -240,6 +240,11 @@ def _check_batch(config: RunConfig, world_size: int) -> None:
 
 def _training_warnings(config: RunConfig) -> list[str]:
     rollout, warnings = config.rollout, []
+    if rollout.engine == "sglang":
+        warnings.append(
+            "SGLang ignores seeds while verifying, so none are sent: two equal runs differ, and the metrics say "
+            "reproducible = false"
+        )
     if rollout.dtype != config.policy.dtype:
         warnings.append(
             f"policy.dtype = {config.policy.dtype!r} trains, rollout.dtype = {rollout.dtype!r} samples: their "
