@@ -150,10 +150,10 @@ def arguments(module: str, description: str | None) -> argparse.ArgumentParser:
     return parser
 
 
-def console() -> Console:
-    """The terminal's width, or one in which tables fit when there is no terminal."""
+def console(width: int = 120) -> Console:
+    """The terminal's width, or `width`, in which tables fit, when there is no terminal."""
     terminal = Console()
-    return terminal if terminal.is_terminal else Console(width=120)
+    return terminal if terminal.is_terminal else Console(width=width)
 
 
 def add_policy_options(parser: argparse.ArgumentParser) -> None:

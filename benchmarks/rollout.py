@@ -1,7 +1,8 @@
-"""Rollouts with and without speculation, and by transformers.generate: same weights, prompts, sampling and real EOS.
+"""Rollouts with and without speculation, and without Slipstream: same weights, prompts, sampling and real EOS.
 
-All arms run in one process, one after another within each seed, the first place rotating. A seed chooses prompts and
-random numbers; ratios are of tokens per second, paired by seed. Of an arm with k draft tokens and rule R:
+With `--engine sglang` servers do the work (`benchmarks.rollout_sglang`); with the embedded engine all arms run in this
+process. Either way one arm runs at a time, one after another within each seed, the first place rotating. A seed chooses
+prompts and random numbers; ratios are of tokens per second, paired by seed. Of an arm with k draft tokens and rule R:
 tau, the tokens emitted per verify, counts the bonus token; S is the speed against plain decoding; S/tau is what of tau
 turned into speed.
 """
@@ -9,10 +10,8 @@ turned into speed.
 from __future__ import annotations
 
 import argparse
-import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from benchmarks import rollout_sglang
 from benchmarks.common import (
     add_policy_options,
     append_results,
@@ -30,40 +30,24 @@ from benchmarks.common import (
     data_config,
     integers,
     interleaved,
-    paired_ratio,
     provenance,
     run,
     synchronize,
     words,
 )
 from benchmarks.policy import BenchPolicy, capture, load_policy, make_engine, requests, target_statistics, train_draft
+from benchmarks.rollout_runs import ArmRun, arm_row, running_profile
 from draft_models.checkpoint import load_draft, save_draft
 from draft_models.config import DraftConfig
 from draft_models.eagle3 import Eagle3, default_aux_layer_ids
 from rollout_engine.config import RolloutConfig
 from rollout_engine.torch_engine import TorchEngine
-from rollout_engine.types import RolloutRequest, Sample, SamplingParams, SpecStats
-from trainer.metrics import length_metrics, running_by_time, running_from_finishes, speculation_metrics
+from rollout_engine.types import RolloutRequest, SamplingParams, SpecStats
 
 ARMS = ("none", "eagle3", "ngram", "hf")
 SPECULATIVE_ARMS = ("eagle3", "ngram")
 COST_TABLE_BUDGET_S = 5.0  # of measuring a cost table that is kept
-NUM_TIME_BINS = 12
 MEASURED_SAMPLES = 32  # responses whose entropy and E[max p] are computed
-
-
-@dataclass(frozen=True, slots=True)
-class ArmRun:
-    """One arm's rollout of one seed's requests."""
-
-    seconds: float
-    lengths: tuple[int, ...]
-    finish_s: tuple[float, ...]
-    samples: tuple[Sample, ...] = ()  # empty for transformers
-
-    @property
-    def tokens_per_s(self) -> float:
-        return sum(self.lengths) / self.seconds
 
 
 def run_engine(engine: TorchEngine, work: Sequence[RolloutRequest]) -> ArmRun:
@@ -73,7 +57,8 @@ def run_engine(engine: TorchEngine, work: Sequence[RolloutRequest]) -> ArmRun:
     synchronize()
     elapsed_s = time.perf_counter() - start_s
     samples = tuple(sample for _, sample in finished)
-    return ArmRun(elapsed_s, tuple(len(s.token_ids) for s in samples), tuple(t for t, _ in finished), samples)
+    spec = sum((sample.spec for sample in samples), SpecStats())
+    return ArmRun(elapsed_s, tuple(len(s.token_ids) for s in samples), tuple(t for t, _ in finished), spec, samples)
 
 
 def run_hf(policy: BenchPolicy, work: Sequence[RolloutRequest], batch_size: int) -> ArmRun:
@@ -170,48 +155,6 @@ def trained_draft(args: argparse.Namespace, policy: BenchPolicy) -> Eagle3:
     return train_draft(policy, capture(policy, samples, layers), config, args.train_draft_steps)
 
 
-def emitted_per_verify(samples: Sequence[Sample]) -> float | None:
-    """tau from the tokens really emitted, so without a bonus token behind the end of a text; None without proposals.
-
-    A response's first token comes from its prefill, and every decode step without a proposal emits one.
-    """
-    spec = sum((sample.spec for sample in samples), SpecStats())
-    if spec.num_verify_steps == 0:
-        return None
-    decoded = sum(len(sample.token_ids) - 1 for sample in samples)
-    return (decoded - (spec.num_decode_steps - spec.num_verify_steps)) / spec.num_verify_steps
-
-
-def arm_row(name: str, runs: Sequence[ArmRun], plain: Sequence[ArmRun] | None) -> dict[str, Any]:
-    """One arm at one batch size; ratios are there when plain decoding was measured too."""
-    lengths = [n for run in runs for n in run.lengths]
-    samples = [sample for run in runs for sample in run.samples]
-    spec, tau = sum((sample.spec for sample in samples), SpecStats()), emitted_per_verify(samples)
-    row: dict[str, Any] = {
-        "arm": name,
-        "tokens_per_s": statistics.fmean(run.tokens_per_s for run in runs),
-        "tokens_per_s_by_seed": [run.tokens_per_s for run in runs],
-        "makespan_s": statistics.fmean(run.seconds for run in runs),
-        **length_metrics(lengths),
-        **(speculation_metrics(spec) if samples else {}),
-        **({"tau": tau} if tau else {}),
-    }
-    if plain is not None and name != "none":
-        ratio = paired_ratio([run.tokens_per_s for run in runs], [run.tokens_per_s for run in plain])
-        row |= {"speed_vs_plain": ratio}
-        if tau:
-            row |= {"speed_over_tau": ratio.mean / tau}
-    return row
-
-
-def profile(runs: Sequence[ArmRun], num_slots: int) -> list[float]:
-    """Running requests in equal parts of the rollout's time, averaged over seeds."""
-    by_run = [
-        running_by_time(running_from_finishes(run.finish_s, num_slots), run.seconds, NUM_TIME_BINS) for run in runs
-    ]
-    return [statistics.fmean(column) for column in zip(*by_run, strict=True)]
-
-
 def measure(args: argparse.Namespace, policy: BenchPolicy, draft: Eagle3 | None, batch_size: int) -> list[dict]:
     arms = make_arms(args, policy, draft, batch_size)
     for arm in arms.values():
@@ -221,7 +164,7 @@ def measure(args: argparse.Namespace, policy: BenchPolicy, draft: Eagle3 | None,
     for name, arm_runs in runs.items():
         row = {"batch_size": batch_size, **arm_row(name, arm_runs, runs.get("none"))}
         if name != "hf":
-            row |= {"running_batch": profile(arm_runs, batch_size)}
+            row |= {"running_batch": running_profile(arm_runs, batch_size)}
         rows.append(row)
     reference = next((r for r in runs.get("none", []) if r.samples), None)
     if reference is not None:
@@ -267,41 +210,96 @@ def show(out: Console, rows: Sequence[dict[str, Any]], args: argparse.Namespace,
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = arguments("benchmarks.rollout", __doc__.splitlines()[0])
-    add_policy_options(parser)
-    parser.add_argument("--draft", type=Path, help="folder of an EAGLE-3 draft")
-    parser.add_argument("--save-draft", type=Path, help="keep the draft trained here in this folder")
-    parser.add_argument(
-        "--save-cost-table", type=Path, help="measure and keep a rollout.cost_table, of eagle3 or else of ngram"
+    parser.epilog = (
+        "With --engine sglang further flags go to the engine, as those of slipstream train: --sglang-NAME VALUE"
     )
-    parser.add_argument("--train-draft-steps", type=int, default=200, help="without --draft: train one so long")
-    parser.add_argument("--train-draft-samples", type=int, default=256, help="rollouts that it is trained on")
-    parser.add_argument("--train-draft-lr", type=float, default=2e-3)
-    parser.add_argument("--spec", type=words, default=ARMS, help=f"arms: any of {','.join(ARMS)}")
+    parser.add_argument("--engine", default="torch", choices=("torch", "sglang"))
+    add_policy_options(parser)
+    _add_work_options(parser)
+    _add_torch_options(parser)
+    _add_sglang_options(parser)
+    args, rest = parser.parse_known_args(argv)
+    known = rollout_sglang.ARMS if args.engine == "sglang" else ARMS
+    args.spec = args.spec or known
+    unknown = [name for name in args.spec if name not in known]
+    if unknown:
+        parser.error(f"--spec: unknown arm {unknown[0]!r}; arms: {', '.join(known)}")
+    if args.engine == "sglang":
+        args.engine_settings = rollout_sglang.settings_from(rest)
+        _check_sglang(parser, args)
+    elif rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if args.save_cost_table and not set(SPECULATIVE_ARMS) & set(args.spec):
+        parser.error("--save-cost-table needs the arm eagle3 or ngram in --spec")
+    return args
+
+
+def _add_work_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--draft", type=Path, help="folder of an EAGLE-3 draft")
+    parser.add_argument("--spec", type=words, help=f"arms: any of {','.join(ARMS)}; all that the engine has by default")
     parser.add_argument("--batch-sizes", type=integers, default=(1, 8, 32))
     parser.add_argument("--seeds", type=int, default=5, help="paired repetitions")
     parser.add_argument("--first-seed", type=int, default=1)
-    parser.add_argument("--waves", type=int, default=2, help="requests per KV slot")
+    parser.add_argument("--waves", type=int, default=2, help="requests per place in the batch")
     parser.add_argument("--min-requests", type=int, default=4)
     parser.add_argument("--k", type=int, default=3, help="draft tokens of a verify step")
     parser.add_argument("--rule", default="rejection", choices=("rejection", "target_only", "coupled"))
-    parser.add_argument("--controller", default="fixed", choices=("fixed", "adaptive"))
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--top-p", type=float, default=1.0)
     parser.add_argument("--top-k", type=int, default=0)
     parser.add_argument("--max-new-tokens", type=int, default=128)
-    args = parser.parse_args(argv)
-    unknown = [name for name in args.spec if name not in ARMS]
+
+
+def _add_torch_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("embedded engine")
+    group.add_argument("--save-draft", type=Path, help="keep the draft trained here in this folder")
+    group.add_argument(
+        "--save-cost-table", type=Path, help="measure and keep a rollout.cost_table, of eagle3 or else of ngram"
+    )
+    group.add_argument("--train-draft-steps", type=int, default=200, help="without --draft: train one so long")
+    group.add_argument("--train-draft-samples", type=int, default=256, help="rollouts that it is trained on")
+    group.add_argument("--train-draft-lr", type=float, default=2e-3)
+    group.add_argument("--controller", default="fixed", choices=("fixed", "adaptive"))
+
+
+def _add_sglang_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("engine sglang")
+    group.add_argument(
+        "--direct",
+        type=words,
+        default=rollout_sglang.ANCHORS,
+        help="SGLang driven directly, any of engine,http; or none",
+    )
+    group.add_argument("--direct-spec", type=words, default=("none", "eagle3"), help="arms for which it is")
+    group.add_argument("--work-dir", type=Path, help="keep the servers' logs here")
+
+
+def _check_sglang(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    args.direct = () if args.direct == ("none",) else args.direct
+    unknown = [name for name in args.direct if name not in rollout_sglang.ANCHORS]
     if unknown:
-        parser.error(f"--spec: unknown arm {unknown[0]!r}; arms: {', '.join(ARMS)}")
-    if args.save_cost_table and not set(SPECULATIVE_ARMS) & set(args.spec):
-        parser.error("--save-cost-table needs the arm eagle3 or ngram in --spec")
-    return args
+        parser.error(f"--direct: unknown driver {unknown[0]!r}; drivers: {', '.join(rollout_sglang.ANCHORS)}")
+    if "eagle3" in args.spec and args.draft is None:
+        parser.error("--engine sglang: the arm eagle3 needs --draft DIR, an EAGLE-3 draft in SGLang's form")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
     if args.threads:
         torch.set_num_threads(args.threads)
+    rows = sglang_rows(args) if args.engine == "sglang" else torch_rows(args)
+    shared = {
+        "policy": str(args.policy),
+        "rule": "greedy" if args.temperature == 0 else args.rule,
+        "k": args.k,
+        "temperature": args.temperature,
+        "max_new_tokens": args.max_new_tokens,
+        "seeds": args.seeds,
+    }
+    append_results(args.results, [shared | row for row in rows], provenance("benchmarks.rollout"))
+
+
+def torch_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
     policy = load_policy(args.policy, args.prompts, data_config(args), args.dtype, args.device)
     draft = None
     if "eagle3" in args.spec:
@@ -313,17 +311,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         save_cost_table(args, policy, draft)
     rows = [row for batch_size in args.batch_sizes for row in measure(args, policy, draft, batch_size)]
     show(console(), rows, args, policy)
-    shared = {
-        "policy": str(args.policy),
-        "policy_note": policy.note,
-        "rule": "greedy" if args.temperature == 0 else args.rule,
-        "k": args.k,
-        "controller": args.controller,
-        "temperature": args.temperature,
-        "max_new_tokens": args.max_new_tokens,
-        "seeds": args.seeds,
-    }
-    append_results(args.results, [shared | row for row in rows], provenance("benchmarks.rollout"))
+    return [{"policy_note": policy.note, "controller": args.controller} | row for row in rows]
+
+
+def sglang_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
+    rows = rollout_sglang.measure_all(args)
+    rollout_sglang.show(console(150), rows, args)
+    return [{"engine": "sglang"} | row for row in rows]
 
 
 if __name__ == "__main__":

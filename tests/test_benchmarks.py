@@ -3,15 +3,31 @@
 from __future__ import annotations
 
 import importlib
+import io
 import json
 import math
+import re
+import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from benchmarks import common, draft, rollout, step, sync
+from benchmarks import (
+    common,
+    draft,
+    gpu_session,
+    rollout,
+    rollout_anchor,
+    rollout_direct,
+    rollout_runs,
+    rollout_sglang,
+    step,
+    sync,
+)
 from rollout_engine.speculation import CostTable
-from rollout_engine.types import FinishReason, RolloutRequest, Sample, SpecStats
+from rollout_engine.types import EngineError, FinishReason, RolloutRequest, Sample, SamplingParams, SpecStats
 from trainer.make_model import MakeModelConfig, make_model
 
 
@@ -62,9 +78,14 @@ def test_tau_leaves_out_the_bonus_token_behind_the_end_of_a_text():
 
     whole = sample(1 + 3 + 1, num_accepted=2, num_plain_steps=1)  # prefill, two drafts and a bonus, a plain step
     cut = sample(1 + 2, num_accepted=2, num_plain_steps=0)  # the second draft was the end
-    assert rollout.emitted_per_verify([whole]) == whole.spec.accept_length == 3.0
-    assert rollout.emitted_per_verify([cut]) == 2.0 < cut.spec.accept_length
-    assert rollout.emitted_per_verify([whole, cut]) == 2.5
+
+    def tau(*samples: Sample) -> float | None:
+        spec = sum((sample.spec for sample in samples), SpecStats())
+        return rollout_runs.emitted_per_verify(spec, [len(sample.token_ids) for sample in samples])
+
+    assert tau(whole) == whole.spec.accept_length == 3.0
+    assert tau(cut) == 2.0 < cut.spec.accept_length
+    assert tau(whole, cut) == 2.5
 
 
 def test_rollout_compares_all_arms(policy_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -106,6 +127,188 @@ def test_a_wrong_arm_or_policy_is_one_line(tmp_path: Path, capsys: pytest.Captur
         common.run(lambda: rollout.main(["--policy", str(tmp_path)]))
     said = capsys.readouterr().err
     assert exit_.value.code == 2 and "config.json" in said and said.count("\n") == 1
+
+
+def run_with(seconds: float, lengths: tuple[int, ...], finish_s: tuple[float, ...] | None = None, **more):
+    return rollout_runs.ArmRun(seconds, lengths, finish_s or (seconds,) * len(lengths), **more)
+
+
+def test_waves_join_to_one_run_whose_makespan_is_a_waves():
+    stats = SpecStats(2, 2, (1, 1), (2,), (1,))
+    waves = [run_with(1.0, (3, 4), (0.5, 1.0), spec=stats), run_with(3.0, (5,), (3.0,), spec=stats)]
+    joined = rollout_runs.joined(waves)
+    assert (joined.seconds, joined.lengths, joined.num_waves) == (4.0, (3, 4, 5), 2)
+    assert joined.spec == stats + stats and joined.tokens_per_s == 3.0
+    assert rollout_runs.joined([run_with(1.0, (3,))]).spec is None
+    row = rollout_runs.arm_row("eagle3", [joined], [run_with(4.0, (6,))])
+    assert row["makespan_s"] == 2.0 and row["speed_vs_plain"].mean == pytest.approx(2.0)
+    assert [row[f"finish_s_p{p}"] for p in (50, 90, 99)] == [1.0, 3.0, 3.0]
+
+
+def test_a_seed_decides_the_waves_and_repeats_no_prompt():
+    prompts = rollout_sglang.PromptSet(tuple((token, 7) for token in range(20)), (0,))
+    waves = rollout_sglang.waves_of(prompts, SamplingParams(), 5, 4, seed=1)
+    assert [len(wave) for wave in waves] == [5, 5, 5, 5]
+    assert len({request.prompt_ids for wave in waves for request in wave}) == 20
+    assert waves == rollout_sglang.waves_of(prompts, SamplingParams(), 5, 4, seed=1)
+    assert waves != rollout_sglang.waves_of(prompts, SamplingParams(), 5, 4, seed=2)
+    more = rollout_sglang.waves_of(prompts, SamplingParams(), 30, 1, seed=1)[0]  # more than there are prompts
+    assert len(more) == 30 and len({request.key for request in more}) == 30
+
+
+def test_rows_compare_ours_with_each_driver_and_each_driver_with_its_own_plain_decoding():
+    arms = [
+        rollout_sglang.Arm(spec, driver, run=None, flush=None)
+        for spec, driver in [("none", "slipstream"), ("none", "engine"), ("eagle3", "slipstream"), ("eagle3", "engine")]
+    ]
+    sample = Sample(RolloutRequest(0, 0, (1,)), (7, 8), (-1.0, -3.0), (), FinishReason.STOP)
+    runs = {
+        "none/slipstream": [run_with(2.0, (4, 6), samples=(sample,))],
+        "none/engine": [run_with(1.0, (6, 4))],
+        "eagle3/slipstream": [run_with(1.0, (20,), samples=(sample,))],
+        "eagle3/engine": [run_with(1.0, (40,))],
+    }
+    rows = {(row["arm"], row["driver"]): row for row in rollout_sglang.rows_of(arms, runs)}
+    ours, speculative = rows["none", "slipstream"], rows["eagle3", "slipstream"]
+    assert ours["speed_vs_engine"].mean == pytest.approx(0.5) and ours["same_lengths_as_engine"]
+    assert speculative["speed_vs_engine"].mean == pytest.approx(0.5) and not speculative["same_lengths_as_engine"]
+    assert speculative["speed_vs_plain"].mean == rows["eagle3", "engine"]["speed_vs_plain"].mean == pytest.approx(4.0)
+    assert ours["sampled_entropy"] == 2.0 and "speed_vs_http" not in ours and "speed_vs_plain" not in ours
+
+
+def test_sglangs_answers_become_a_run():
+    plain = rollout_anchor.run_of(2.0, [{"completion_tokens": 3, "e2e_latency": 1.5}], draft_depth=0)
+    assert plain == rollout_runs.ArmRun(2.0, (3,), (1.5,), SpecStats(num_decode_steps=2))
+    spec = {"completion_tokens": 6, "e2e_latency": 1.0, "spec_verify_ct": 3, "spec_correct_drafts_histogram": [1, 2]}
+    run = rollout_anchor.run_of(1.0, [spec, spec], draft_depth=3)
+    assert run.spec == SpecStats(6, 6, (2, 4, 0, 0), (6, 6, 6), (4, 0, 0))
+    assert rollout_anchor.draft_depth({"speculative_algorithm": "EAGLE3", "speculative_num_draft_tokens": 4}) == 3
+    assert rollout_anchor.draft_depth({"speculative_algorithm": None, "speculative_num_draft_tokens": None}) == 0
+
+
+def test_servers_that_are_not_set_alike_are_found():
+    ours = {"port": 1, "dtype": "bfloat16", "mem_fraction_static": 0.1, "only_here": 1}
+    assert rollout_anchor.setting_differences(ours, ours | {"port": 2}) == {}
+    found = rollout_anchor.setting_differences(ours, {"port": 1, "dtype": "bfloat16", "mem_fraction_static": 0.2})
+    assert found == {"mem_fraction_static": [0.1, 0.2]}
+
+
+def test_a_request_keeps_its_sampling_when_sglang_is_driven_directly():
+    request = RolloutRequest(0, 0, (1,), SamplingParams(0.7, 0.9, 0, 33, stop_token_ids=(5,)))
+    told = rollout_anchor.sampling_params(request, (0, 5))
+    assert told == {"temperature": 0.7, "top_p": 0.9, "top_k": -1, "max_new_tokens": 33, "stop_token_ids": [0, 5]}
+
+
+class CountingEngine:
+    """Answers like `sglang.Engine`; it is idle at the third time of asking."""
+
+    def __init__(self) -> None:
+        self.asked: list[dict] = []
+        self.num_flushes = 0
+
+    def generate(self, **arguments):
+        self.asked.append(arguments)
+        meta = {"completion_tokens": 2, "e2e_latency": 0.1, "output_token_logprobs": [(0.0, 1, None)]}
+        return [{"meta_info": meta} for _ in arguments["input_ids"]]
+
+    def flush_cache(self):
+        self.num_flushes += 1
+        return SimpleNamespace(success=self.num_flushes == 3)
+
+
+def test_the_direct_driver_answers_each_command_with_one_line():
+    engine, answers = CountingEngine(), io.StringIO()
+    work = {"generate": {"input_ids": [[1], [2]], "sampling_params": {"temperature": 0.0}}}
+    commands = [{"flush": {}}, work, {"close": {}}, {"flush": {}}]
+    rollout_direct.serve(engine, io.StringIO("".join(json.dumps(c) + "\n" for c in commands)), answers)
+    flushed, generated, closed = map(json.loads, answers.getvalue().splitlines())
+    assert flushed == closed == {} and engine.num_flushes == 3  # none after "close"
+    assert [out["completion_tokens"] for out in generated["outputs"]] == [2, 2] and generated["seconds"] > 0
+    assert engine.asked == [work["generate"] | {"return_logprob": True}]
+    assert set(generated["outputs"][0]) == set(rollout_direct.KEPT)  # no log-probs: they would only cost time
+
+
+def test_an_anchor_that_does_not_start_shows_its_log(tmp_path: Path):
+    with pytest.raises(EngineError, match="No module named 'sglang'"):
+        rollout_anchor.DirectEngine(sys.executable, {"model_path": "x"}, (0,), tmp_path / "direct.log")
+
+
+def test_an_anchor_behind_a_dead_address_is_one_line():
+    with pytest.raises(EngineError, match=re.escape("http://127.0.0.1:9/server_info: no answer")):
+        rollout_anchor.DirectHttp("http://127.0.0.1:9", (0,))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("--engine sglang --spec hf", "unknown arm 'hf'"),
+        ("--engine sglang --spec eagle3", "needs --draft"),
+        ("--engine sglang --spec none --direct grpc", "unknown driver 'grpc'"),
+        ("--spec none --sglang-page-size 1", "unrecognized arguments: --sglang-page-size"),
+    ],
+)
+def test_bad_arguments_of_the_sglang_arms(arguments: str, said: str, capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit):
+        rollout.parse(["--policy", "x", *arguments.split()])
+    assert said in capsys.readouterr().err
+
+
+def test_each_server_has_a_place_for_the_largest_batch_at_its_longest():
+    flags = "--engine sglang --spec none,eagle3 --draft d --batch-sizes 1,128,8 --max-new-tokens 50 --k 2"
+    args = rollout.parse(["--policy", "x", *flags.split(), "--device", "cuda", "--sglang-page-size", "1"])
+    prompts = rollout_sglang.PromptSet(((1,), (1, 2, 3)), (0,))
+    config = rollout_sglang.engine_config(args, "eagle3", prompts)
+    assert (config.max_running_requests, config.context_length, config.speculative_num_steps) == (128, 53, 2)
+    assert config.sglang == {"mem_fraction_static": rollout_sglang.MEM_FRACTION_STATIC, "page_size": 1}
+    assert rollout_sglang.engine_config(args, "none", prompts).speculative_algorithm == "NONE"
+
+
+def session(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, commands: dict[str, gpu_session.Command], *more: str):
+    monkeypatch.setattr(gpu_session, "STAGES", {name: (command,) for name, command in commands.items()})
+    monkeypatch.setattr(gpu_session, "STOP_GRACE_S", 0.2)
+    arguments = ["--out", str(tmp_path / "out"), "--work", str(tmp_path / "work"), *more]
+    status = gpu_session.main([",".join(commands), *arguments])
+    return status, (tmp_path / "out" / "session.log").read_text()
+
+
+def python(code: str, limit_s: float = 60.0, makes: str = "") -> gpu_session.Command:
+    return gpu_session.Command(("{python}", "-c", code), limit_s, makes)
+
+
+def test_a_session_goes_on_after_a_failed_stage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    commands = {
+        "bad": python("print('why it failed'); raise SystemExit(3)"),
+        "good": python("open(r'{results}', 'a').write('one line')", makes="{work}/never"),
+        "made": python("raise SystemExit(1)", makes="{work}"),
+    }
+    status, log = session(tmp_path, monkeypatch, commands)
+    assert status == 1 and "failed (3)" in log and "why it failed" in log and "why it failed" in capsys.readouterr().out
+    assert "there already" in log and (tmp_path / "out" / "results.jsonl").read_text() == "one line"
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["results.jsonl", "session.log"]
+    assert session(tmp_path, monkeypatch, {"good": commands["good"]})[0] == 0
+
+
+def test_a_command_over_its_time_ends_with_all_that_it_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    pulse = tmp_path / "pulse"
+    child = f"import time\nwhile True: open({str(pulse)!r}, 'a').write('.'); time.sleep(0.01)"
+    code = f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {child!r}]); time.sleep(600)"
+    status, log = session(tmp_path, monkeypatch, {"slow": python(code, limit_s=5.0)})
+    assert status == 1 and "over time" in log and pulse.exists()
+    beats = pulse.stat().st_size
+    time.sleep(0.5)
+    assert pulse.stat().st_size == beats
+    assert "no time left" in session(tmp_path, monkeypatch, {"late": python("")}, "--limit-s", "1")[1]
+
+
+def test_every_stage_runs_a_benchmark_that_knows_its_arguments():
+    places = {"python": sys.executable, "work": "w", "out": "o", "results": "o/results.jsonl"}
+    for command in (command for stage in ("rollout", "overhead", "prepare") for command in gpu_session.STAGES[stage]):
+        filled = [gpu_session.filled(word, places) for word in command.words]
+        if "benchmarks.rollout" in filled:
+            assert rollout.parse(filled[3:]).policy == Path("w/policy")
+        assert not any("{" in word for word in filled)
 
 
 def test_sync_measures_the_same_bytes(policy_dir: Path, tmp_path: Path):
