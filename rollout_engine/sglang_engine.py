@@ -6,7 +6,6 @@ is started), sglang_wire (what is said to it); and in `sync.loader`, which runs 
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from queue import Empty
@@ -34,12 +33,15 @@ from sync.publish import Transport
 from sync.receiver import Bundle
 from sync.remote import RemoteTransport, connect
 
-_log = logging.getLogger(__name__)
 _POLL_S = 0.5
 _DEATH_S = 3.0  # how long a server that broke a connection may take to be seen dead
 _FLUSH_TIMEOUT_S = 30.0
 _CONTROL_TIMEOUT_S = 300.0  # for one weight update, release or resume of memory
 _WARM_UP_TOKENS = 8
+
+
+class _Gone(EngineError):
+    """The server did not answer. Why is found out by the thread that waits, never in the event loop."""
 
 
 class SGLangEngine:
@@ -96,6 +98,11 @@ class SGLangEngine:
     def address(self) -> str:
         """http://HOST:PORT of the server; OpenAI's endpoints lie under /v1."""
         return self._client.address
+
+    def require_alive(self) -> None:
+        """Raise EngineError with the end of its log when the server that was started here has ended."""
+        if self._process is not None and self._process.exit_status is not None:
+            raise EngineError(self._why_unreachable("it is gone"))
 
     @property
     def reproducible(self) -> bool:
@@ -281,13 +288,14 @@ class SGLangEngine:
             try:
                 found = self._pool.results.get(timeout=_POLL_S)
             except Empty:
-                if self._process is not None and self._process.exit_status is not None:
-                    raise EngineError(self._why_unreachable("it is gone")) from None
+                self.require_alive()
                 if self._shut_because and not self._is_syncing:
                     raise EngineError(
                         f"requests wait for an engine that serves nothing: {self._shut_because}"
                     ) from None
                 continue
+            if isinstance(found, _Gone):
+                raise EngineError(self._why_unreachable(str(found))) from found
             if isinstance(found, Exception):
                 raise found
             return found
@@ -299,7 +307,7 @@ class SGLangEngine:
             body = generate_body(rid, progress, self._eos, self._config.min_p)
             reply = await self._client.request("POST", "/generate", body)
         except ServerUnreachable as error:
-            raise EngineError(f"{name}: {self._why_unreachable(str(error))}") from error
+            raise _Gone(f"{name}: {error}") from error
         if not reply.ok:
             raise EngineError(f"{name}: the SGLang server refused it: {error_text(reply.status, reply.text())}")
         try:
@@ -312,7 +320,7 @@ class SGLangEngine:
         try:
             await self._client.request("POST", "/abort_request", payload, timeout_s=_CONTROL_TIMEOUT_S)
         except ServerUnreachable as error:
-            raise EngineError(self._why_unreachable(str(error))) from error
+            raise _Gone(str(error)) from error
 
     def _why_unreachable(self, what: str) -> str:
         process = self._process

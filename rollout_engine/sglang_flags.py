@@ -16,26 +16,6 @@ from sync.wire import LOADER
 _SPARE_POSITIONS = 8
 _SPARE_TOKENS = 512
 
-# What [rollout] decides, under the server's names. A different value in [rollout.sglang] would contradict it.
-_DECIDED_BY = {
-    "model_path": "the policy",
-    "custom_weight_loader": "the sync of weights",
-    "device": "rollout.device",
-    "base_gpu_id": "rollout.device",
-    "dtype": "rollout.dtype",
-    "context_length": "rollout.context_length",
-    "max_running_requests": "rollout.max_running_requests",
-    "speculative_algorithm": "rollout.speculative_algorithm",
-    "speculative_draft_model_path": "rollout.speculative_draft_model_path",
-    "speculative_num_steps": "rollout.speculative_num_steps",
-    "speculative_eagle_topk": "rollout.speculative_eagle_topk",
-    "speculative_num_draft_tokens": "rollout.speculative_num_draft_tokens",
-    "speculative_use_rejection_sampling": "rollout.verify_rule",
-    "enable_memory_saver": "rollout.offload",
-}
-_ONE_OF_EACH = ("tp_size", "dp_size", "pp_size")  # the loader sees whole tensors
-_THRESHOLDS = ("speculative_accept_threshold_single", "speculative_accept_threshold_acc")
-
 
 def server_settings(
     config: RolloutConfig,
@@ -75,10 +55,8 @@ def server_settings(
     if mem_fraction_static is not None:
         settings["mem_fraction_static"] = mem_fraction_static
     settings |= _speculation(config, draft, on_gpu)
-    _check_extra(settings, extra, config)
-    settings |= extra
-    _check_lossless(config, settings)
-    return settings
+    _check_extra(extra, config)
+    return settings | dict(extra)
 
 
 def command_line(settings: Mapping[str, Any], cli_names: Mapping[str, str] = {}) -> list[str]:
@@ -138,11 +116,6 @@ def _speculation(config: RolloutConfig, draft: Path | None, on_gpu: bool) -> dic
         )
     if algorithm == "NONE":
         return {}
-    if config.verify_rule not in ("rejection", "target_only"):
-        raise EngineConfigError(
-            f"rollout.verify_rule = {config.verify_rule!r}: SGLang verifies by 'rejection' or 'target_only'; the "
-            "coupled rule needs rollout.engine = 'torch'"
-        )
     if not on_gpu and config.temperature > 0 and not config.allow_lossy:
         raise EngineConfigError(
             f"rollout.temperature = {config.temperature} with rollout.speculative_algorithm = {algorithm!r} on a CPU: "
@@ -166,33 +139,16 @@ def _speculation(config: RolloutConfig, draft: Path | None, on_gpu: bool) -> dic
     return settings
 
 
-def _check_extra(settings: Mapping[str, Any], extra: Mapping[str, Any], config: RolloutConfig) -> None:
-    for name, value in extra.items():
-        if name in _DECIDED_BY and value != settings.get(name, False):
-            raise EngineConfigError(
-                f"rollout.sglang.{name} = {value!r} contradicts {settings.get(name)!r}, which {_DECIDED_BY[name]} "
-                "says: leave it out"
-            )
-        if name in _ONE_OF_EACH and value != 1:
-            raise EngineConfigError(f"rollout.sglang.{name} = {value!r}: one engine runs on one GPU; leave it out")
+def _check_extra(extra: Mapping[str, Any], config: RolloutConfig) -> None:
+    """What `sglang_checks` does not know: how the flags of one server hang together."""
+    if "custom_weight_loader" in extra:
+        raise EngineConfigError("rollout.sglang.custom_weight_loader belongs to the sync of weights: leave it out")
     if extra.get("speculative_adaptive") and config.speculative_algorithm != "EAGLE3":
         raise EngineConfigError("rollout.sglang.speculative_adaptive needs rollout.speculative_algorithm = 'EAGLE3'")
 
 
-def _check_lossless(config: RolloutConfig, settings: Mapping[str, Any]) -> None:
-    """Refuse what would silently change the distribution of the samples."""
-    if config.allow_lossy or config.speculative_algorithm == "NONE":
-        return
-    mend = "leave it out, or accept other samples than the policy's with rollout.allow_lossy = true"
-    if config.min_p > 0:
-        raise EngineConfigError(f"rollout.min_p = {config.min_p}: SGLang ignores it while verifying; {mend}")
-    for name in _THRESHOLDS:
-        if settings.get(name, 1.0) < 1.0:
-            raise EngineConfigError(f"rollout.sglang.{name} = {settings[name]} accepts too much; {mend}")
-
-
-def check_draft_fits(policy: Mapping[str, Any], draft: Mapping[str, Any], where: Path, verify_rule: str) -> None:
-    """Raise EngineConfigError when the draft's config.json does not fit the policy's, or SGLang's rule."""
+def check_draft_fits(policy: Mapping[str, Any], draft: Mapping[str, Any], where: Path) -> None:
+    """Raise EngineConfigError when the draft's config.json does not fit the policy's."""
     architectures: Sequence[str] = draft.get("architectures") or ()
     if "LlamaForCausalLMEagle3" not in architectures:
         raise EngineConfigError(f"{where}: architectures = {architectures}, SGLang serves LlamaForCausalLMEagle3")
@@ -203,10 +159,3 @@ def check_draft_fits(policy: Mapping[str, Any], draft: Mapping[str, Any], where:
     for what, (found, expected) in pairs.items():
         if found != expected:
             raise EngineConfigError(f"{where}: the draft does not fit: {what} {found}, the policy has {expected}")
-    reduced = draft.get("draft_vocab_size") not in (None, policy["vocab_size"])
-    if reduced and verify_rule == "rejection":
-        raise EngineConfigError(
-            f"{where}: draft_vocab_size = {draft['draft_vocab_size']} of {policy['vocab_size']}: SGLang's rejection "
-            "sampling needs the whole vocabulary; make the draft with draft.draft_vocab_size = 0, or set "
-            "rollout.verify_rule = 'target_only'"
-        )

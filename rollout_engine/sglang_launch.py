@@ -6,7 +6,7 @@ import json
 import logging
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +16,19 @@ from rollout_engine.config import RolloutConfig
 from rollout_engine.http_client import HttpClient, ServerUnreachable
 from rollout_engine.memory import count_parameters, memory_needed, static_fraction
 from rollout_engine.server_process import ServerProcess, free_port, port_is_taken
+from rollout_engine.sglang_checks import check_draft_vocabulary, check_sglang
 from rollout_engine.sglang_flags import check_draft_fits, command_line, server_settings
 from rollout_engine.sglang_install import Installation, canonical, find_sglang, known_flags, update_protocol
 from rollout_engine.sglang_wire import failure_cause
 from rollout_engine.types import EngineConfigError, EngineError
+from sync.wire import LOADER
 
 _log = logging.getLogger(__name__)
 _PROJECT = Path(__file__).resolve().parent.parent
 _TRAINER_SHARE = 0.5  # of the free GPU memory, at most, for an engine that shares the GPU with training
 _ALONE_SHARE = 0.85  # where no training runs beside it
 _HEALTH_TIMEOUT_S = 30.0
-_ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
+_ITEMSIZE = {"float32": 4, "bfloat16": 2}
 # torchrun's variables would make SGLang's own process groups join the trainer's.
 _NOT_FOR_THE_SERVER = (
     "RANK",
@@ -58,6 +60,7 @@ def start(
     installation = find_sglang(config.sglang_python)
     known = known_flags(installation.folder)
     extra = canonical(config.sglang, known, installation.version)
+    check_sglang(replace(config, sglang=extra))  # again, because a flag may have come under another spelling
     _check_environment(config, installation, device)
     _check_files(config, policy, draft)
     port = int(extra.get("port", 0)) or free_port()
@@ -130,12 +133,13 @@ def attach_faults(info: Mapping[str, Any], config: RolloutConfig, policy: Path, 
         for name, value in wanted.items()
         if info.get(name) != value
     ]
-    if Path(info.get("model_path", "")).resolve() != policy.resolve():
+    # On another machine the same checkpoint may lie elsewhere; what its sync plan says is checked tensor by tensor.
+    if Path(info.get("model_path", "")).name != policy.resolve().name:
         faults.append(f"it serves model_path = {info.get('model_path')!r}, the run's policy is {str(policy)!r}")
     if (found := info.get("context_length")) is not None and found < context_length:
         faults.append(f"its context_length = {found} is below the run's {context_length}")
-    if "sync.loader.load" not in (info.get("custom_weight_loader") or ()):
-        faults.append("it was started without --custom-weight-loader sync.loader.load, so no weights can be sent to it")
+    if LOADER not in (info.get("custom_weight_loader") or ()):
+        faults.append(f"it was started without --custom-weight-loader {LOADER}, so no weights can be sent to it")
     return faults
 
 
@@ -166,8 +170,6 @@ def _device(config: RolloutConfig) -> str:
 
 
 def _check_environment(config: RolloutConfig, installation: Installation, device: str) -> None:
-    if config.dtype not in _ITEMSIZE:
-        raise EngineConfigError(f"rollout.dtype = {config.dtype!r}: SGLang computes in {', '.join(_ITEMSIZE)}")
     if config.offload and device == "cpu":
         raise EngineConfigError("rollout.offload = true gives GPU memory back: leave it out on a CPU")
     if config.offload and not installation.has_memory_saver:
@@ -192,7 +194,9 @@ def _check_files(config: RolloutConfig, policy: Path, draft: Path | None) -> Non
         )
     if draft is not None:
         path = draft / "config.json"
-        check_draft_fits(sizes, read_json(path), path, config.verify_rule)
+        found = read_json(path)
+        check_draft_fits(sizes, found, path)
+        check_draft_vocabulary(config, found.get("draft_vocab_size") not in (None, sizes["vocab_size"]))
 
 
 def _memory_share(
