@@ -60,7 +60,7 @@ def score(
         raise SystemExit("the policy's responses are all shorter than two tokens: there is nothing to draft")
     rows = []
     for rule in rules:
-        forecast = forecast_acceptance(accept_posteriors(draft, batch, k, rule), batch.num_chains_B, k)
+        forecast = forecast_acceptance(accept_posteriors(draft, batch, k, rule), batch.num_chains, k)
         proposed = zip(forecast.accepted_by_position, forecast.proposed_by_position, strict=True)
         rows.append(
             {

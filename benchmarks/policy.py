@@ -90,6 +90,7 @@ def make_engine(policy: BenchPolicy, config: RolloutConfig, draft: Eagle3 | None
 def capture(policy: BenchPolicy, samples: Sequence[Sample], aux_layer_ids: Sequence[int]) -> list[DraftSample]:
     """Hidden states and logits of each sample from one Transformers forward; layer k = its output, as in SGLang."""
     embedding = policy.hf_model.get_input_embeddings()
+    head_VH = policy.hf_model.get_output_embeddings().weight.detach()
     captured = []
     for sample in samples:
         ids_T = torch.tensor(sample.request.prompt_ids + sample.token_ids, device=policy.decoder.device)
@@ -102,7 +103,8 @@ def capture(policy: BenchPolicy, samples: Sequence[Sample], aux_layer_ids: Seque
                 token_ids=ids_T,
                 embeds=embedding(ids_T),
                 aux_hidden=aux_TA,
-                target_logits=out.logits[0],
+                target_hidden=out.hidden_states[-1][0],  # Transformers' last entry is after the final norm
+                target_head=head_VH,
                 prompt_len=len(sample.request.prompt_ids),
                 temperature=sample.request.sampling.temperature,
                 seed=sample.request.sampling.seed,

@@ -1,96 +1,112 @@
 """Attention of draft chains in training: a text's step-0 keys, and each chain's own keys of later steps.
 
-Axes: B samples, S key rows and n chains end to end; T key rows and C chains of one sample, padded; N query heads, G KV
-heads, g = N / G, D head size.
+Axes: S key rows and Q chains end to end over the samples; J own keys of every chain; N query heads, G KV heads,
+g = N / G, D head size.
 """
 
 from __future__ import annotations
 
-import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from draft_models.chain_batch import DraftBatch, SampleSpan
+from draft_models.chain_batch import DraftBatch
 from draft_models.eagle3 import Eagle3, Rope
-from draft_models.layers import FAST
+from draft_models.layers import Numerics
+from draft_models.text_attention import TextAttention, text_attention
 
 
 class ChainAttention:
-    """Attention of every chain, step by step. Projections see all rows at once; padding is per span of like length."""
+    """Attention of every chain, step by step. No score is kept for the backward pass."""
 
-    def __init__(self, draft: Eagle3, batch: DraftBatch, x_S2H: Tensor) -> None:
+    def __init__(self, draft: Eagle3, batch: DraftBatch, x_S2H: Tensor, numerics: Numerics) -> None:
         """`x_S2H`: the attention input of every key row at step 0."""
-        self._draft = draft
-        self._position_Q = batch.chain_position_Q
-        k_SGD, v_SGD = self._keys_values(x_S2H, draft.rope(batch.key_position_S[None]))
-        self._spans = [_SpanAttention(draft.attention_scale, batch, span, k_SGD, v_SGD) for span in batch.spans]
-        self._chain_ends = torch.tensor([span.chains.stop for span in batch.spans], device=x_S2H.device)
+        self._draft, self._batch, self._numerics = draft, batch, numerics
+        self._k_SGD, self._v_SGD = self._keys_values(x_S2H, draft.rope(batch.key_position_S[None]))
+        self._text = text_attention(batch, self._v_SGD.dtype, draft.config.head_dim, draft.attention_scale)
+        self._own_k: list[Tensor] = []  # [Q, G, D] of steps 1, 2, ..
+        self._own_v: list[Tensor] = []
 
-    def run(self, step: int, chain_n: Tensor, x_n2H: Tensor) -> Tensor:
-        """Attention output [n, N * D] of step `step` (each step once, in order); `chain_n` ascends."""
-        rope = self._draft.rope(self._position_Q[None, chain_n] + step)
-        ends = torch.searchsorted(chain_n, self._chain_ends).tolist()
-        sizes = [end - start for start, end in zip([0, *ends], ends, strict=False)]
-        chains = chain_n.split(sizes)
-        queries = self._draft.queries(x_n2H[None], rope)[0].split(sizes)
-        if step == 0:
-            parts = zip(self._spans, chains, queries, strict=True)
-            return torch.cat([span.attend_text(chain, q) for span, chain, q in parts])
-        k_nGD, v_nGD = self._keys_values(x_n2H, rope)
-        own_parts = zip(self._spans, chains, queries, k_nGD.split(sizes), v_nGD.split(sizes), strict=True)
-        return torch.cat([span.attend_chain(chain, q, k, v) for span, chain, q, k, v in own_parts])
+    def run(self, step: int, x_Q2H: Tensor) -> Tensor:
+        """Attention output [Q, N * D] of step `step`: each step once, in order."""
+        rope = self._draft.rope(self._batch.position_at(step)[None])
+        q_QND = self._draft.queries(x_Q2H[None], rope, self._numerics)[0].to(self._v_SGD.dtype)
+        if step > 0:
+            k_QGD, v_QGD = self._keys_values(x_Q2H, rope)
+            self._own_k.append(k_QGD)
+            self._own_v.append(v_QGD)
+        own_k, own_v = (
+            torch.stack(own) if own else q_QND.new_zeros(0, len(q_QND), *self._k_SGD.shape[1:])
+            for own in (self._own_k, self._own_v)
+        )
+        scale = self._draft.attention_scale
+        return _MergedAttention.apply(self._text, scale, q_QND, self._k_SGD, self._v_SGD, own_k, own_v).flatten(1)
 
     def _keys_values(self, x_n2H: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
-        k, v = self._draft.keys_values(x_n2H[None], rope)
-        return k[0], v[0]
+        k, v = self._draft.keys_values(x_n2H[None], rope, self._numerics)
+        return k[0].to(v.dtype), v[0]
 
 
-class _SpanAttention:
-    """The chains of some samples, on rows padded to the longest of them."""
+class _MergedAttention(torch.autograd.Function):
+    """One softmax over the text's keys and a chain's own. Its output [Q, N, D]; memory is linear in the tokens."""
 
-    def __init__(self, scale: float, batch: DraftBatch, span: SampleSpan, k_SGD: Tensor, v_SGD: Tensor) -> None:
-        self._scale, self._first_chain = scale, span.chains.start
-        num_samples = span.samples.stop - span.samples.start
-        key_sample, key_position = batch.key_sample_S[span.keys] - span.samples.start, batch.key_position_S[span.keys]
-        key_shape = (num_samples, int(key_position.max()) + 1)
-        key_slot = key_sample * key_shape[1] + key_position
-        self._k_BGTD = _pad(k_SGD[span.keys], key_slot, key_shape).transpose(1, 2)
-        self._v_BGTD = _pad(v_SGD[span.keys], key_slot, key_shape).transpose(1, 2)
-        self._shape = (num_samples, int(batch.num_chains_B[span.samples].max()))
-        chain_sample = batch.chain_sample_Q[span.chains] - span.samples.start
-        self._slot_Q = chain_sample * self._shape[1] + batch.chain_rank_Q[span.chains]
-        # Slots without a chain look at key 0: finite, and never read.
-        self._start_BC = _pad(batch.chain_position_Q[span.chains], self._slot_Q, self._shape)
-        self._own: list[tuple[Tensor, Tensor]] = []  # keys and values of steps 1, 2, .., each [B, G, C, 1, D]
+    @staticmethod
+    def forward(
+        ctx: Any,
+        text: TextAttention,
+        scale: float,
+        q_QND: Tensor,
+        k_SGD: Tensor,
+        v_SGD: Tensor,
+        own_k_JQGD: Tensor,
+        own_v_JQGD: Tensor,
+    ) -> Tensor:
+        out_QND, text_lse_QN = text.forward(q_QND, k_SGD, v_SGD)
+        lse_QN = text_lse_QN
+        if len(own_k_JQGD):
+            scores_JQN = _own_scores(q_QND, own_k_JQGD, scale)
+            lse_QN = torch.cat([text_lse_QN[None], scores_JQN]).logsumexp(0)
+            merged = out_QND * (text_lse_QN - lse_QN).exp_()[..., None]
+            weights_JQN = (scores_JQN - lse_QN).exp_()
+            for weight_QN, v_QGD in zip(weights_JQN, own_v_JQGD, strict=True):
+                merged.unflatten(1, (v_QGD.shape[1], -1)).add_(_grouped(weight_QN, v_QGD) * v_QGD[:, :, None])
+            out_QND = merged.to(q_QND.dtype)
+        ctx.text, ctx.scale = text, scale
+        ctx.save_for_backward(q_QND, k_SGD, v_SGD, own_k_JQGD, own_v_JQGD, out_QND, lse_QN)
+        return out_QND
 
-    def attend_text(self, chain_n: Tensor, q_nND: Tensor) -> Tensor:
-        """Step 0: causal attention over the text."""
-        slot_n = self._slot_Q[chain_n - self._first_chain]
-        q_BCND = _pad(q_nND, slot_n, self._shape)
-        out_BCD = FAST.attend(q_BCND, self._k_BGTD, self._v_BGTD, self._start_BC, self._scale)
-        return out_BCD.flatten(0, 1)[slot_n]
-
-    def attend_chain(self, chain_n: Tensor, q_nND: Tensor, k_nGD: Tensor, v_nGD: Tensor) -> Tensor:
-        """A later step: the text up to the chain's start, then the chain's own keys, these ones last."""
-        slot_n = self._slot_Q[chain_n - self._first_chain]
-        k_BGCD, v_BGCD = (_pad(x, slot_n, self._shape).transpose(1, 2) for x in (k_nGD, v_nGD))
-        self._own.append((k_BGCD.unsqueeze(3), v_BGCD.unsqueeze(3)))
-        num_kv_heads, num_keys = self._k_BGTD.shape[1:3]
-        q_BCND = _pad(q_nND * self._scale, slot_n, self._shape)
-        q_BGCgD = q_BCND.unflatten(2, (num_kv_heads, -1)).transpose(1, 2)
-        group_rows = q_BGCgD.shape[2:4]
-        scores = (q_BGCgD.flatten(2, 3) @ self._k_BGTD.transpose(2, 3)).unflatten(2, group_rows)
-        hidden_BCT = torch.arange(num_keys, device=q_nND.device) > self._start_BC[..., None]
-        scores = scores.masked_fill(hidden_BCT[:, None, :, None], -math.inf)
-        own_scores = [(q_BGCgD * k).sum(-1, keepdim=True) for k, _ in self._own]
-        weights = torch.cat([scores, *own_scores], dim=-1).softmax(-1)
-        out = (weights[..., :num_keys].flatten(2, 3) @ self._v_BGTD).unflatten(2, group_rows)
-        for index, (_, v) in enumerate(self._own):
-            out = out + weights[..., num_keys + index, None] * v
-        return out.transpose(1, 2).flatten(2).flatten(0, 1)[slot_n]
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        q_QND, k_SGD, v_SGD, own_k_JQGD, own_v_JQGD, out_QND, lse_QN = ctx.saved_tensors
+        grad_QND = grads[0]
+        dq_QND, dk_SGD, dv_SGD = ctx.text.backward(grad_QND, q_QND, k_SGD, v_SGD, out_QND, lse_QN)
+        down_k, down_v = torch.empty_like(own_k_JQGD), torch.empty_like(own_v_JQGD)
+        if len(own_k_JQGD):
+            delta_QN = (grad_QND * out_QND).sum(-1, dtype=lse_QN.dtype)
+            weights_JQN = (_own_scores(q_QND, own_k_JQGD, ctx.scale) - lse_QN).exp_()
+            group = (own_k_JQGD.shape[2], -1)
+            q_QGgD, grad_QGgD = q_QND.unflatten(1, group), grad_QND.unflatten(1, group)
+            dq_QGgD = dq_QND.unflatten(1, group).to(lse_QN.dtype)
+            for j, (k_QGD, v_QGD) in enumerate(zip(own_k_JQGD, own_v_JQGD, strict=True)):
+                weight = _grouped(weights_JQN[j], v_QGD)
+                grad_weight = (grad_QGgD * v_QGD[:, :, None]).sum(-1, keepdim=True, dtype=lse_QN.dtype)
+                grad_score = weight * (grad_weight - _grouped(delta_QN, v_QGD)) * ctx.scale
+                dq_QGgD = dq_QGgD + grad_score * k_QGD[:, :, None]
+                down_k[j] = (grad_score * q_QGgD).sum(2)
+                down_v[j] = (weight * grad_QGgD).sum(2)
+            dq_QND = dq_QGgD.flatten(1, 2).to(q_QND.dtype)
+        return None, None, dq_QND, dk_SGD, dv_SGD, down_k, down_v
 
 
-def _pad(rows: Tensor, slot: Tensor, shape: tuple[int, int]) -> Tensor:
-    """Rows [n, ...] at their flat slots of zeros [B, C, ...]."""
-    return rows.new_zeros(shape[0] * shape[1], *rows.shape[1:]).index_copy(0, slot, rows).unflatten(0, shape)
+def _own_scores(q_QND: Tensor, own_k_JQGD: Tensor, scale: float) -> Tensor:
+    """Scaled scores [J, Q, N] of each chain's own keys, at least float32."""
+    wide = torch.promote_types(q_QND.dtype, torch.float32)
+    q_QGgD = q_QND.unflatten(1, (own_k_JQGD.shape[2], -1))
+    rows = [(q_QGgD * k_QGD[:, :, None]).sum(-1, dtype=wide).flatten(1) for k_QGD in own_k_JQGD]
+    return torch.stack(rows).mul_(scale)
+
+
+def _grouped(values_QN: Tensor, like_QGD: Tensor) -> Tensor:
+    """[Q, N] as [Q, G, g, 1]."""
+    return values_QN.unflatten(1, (like_QGD.shape[1], -1))[..., None]

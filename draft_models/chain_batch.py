@@ -1,6 +1,7 @@
 """Rolled-out samples laid end to end, with the rows where an engine could have started to draft.
 
-Axes: B samples, S key rows, Q chains, A captured width (3H), V target vocabulary.
+Axes: B samples, S key rows, Q chains, A captured width (3H), W width of what the target's output layer reads, V target
+vocabulary, K unroll steps.
 """
 
 from __future__ import annotations
@@ -30,70 +31,75 @@ class SampleSpan:
 class DraftBatch:
     """Samples end to end, by length. Chain c at step j is compared with target row c + j, while j < steps_left_Q[c].
 
-    A chain starts at every row t whose x_{t+1} is a response token and whose x_{t+2} exists.
+    A chain starts at every row t whose x_{t+1} is a response token and whose x_{t+2} exists. Sizes are Python numbers,
+    so that nothing waits for the device; floating-point tensors have the dtype in which they were captured.
     """
 
     key_embeds_SH: Tensor  # embed(x_{t+1}) of key row t
     key_aux_SA: Tensor  # captured states of key row t
-    key_sample_S: Tensor  # int64: the row's sample
     key_position_S: Tensor  # int64: t
     chain_key_Q: Tensor  # int64: the key row where the chain starts
     chain_rank_Q: Tensor  # int64: 0, 1, .. within the sample
+    chain_sample_Q: Tensor  # int64
     steps_left_Q: Tensor  # int64, at least 1
     next_token_Q: Tensor  # int64: the token that step 0 predicts
-    target_logits_QV: Tensor  # the target's raw logits for that token
+    target_hidden_QW: Tensor  # what the target's output layer read for that token
+    target_head_VW: Tensor  # the output layer
     temperature_B: Tensor  # float64; 0 = greedy
     seed_B: Tensor  # int64
-    num_chains_B: Tensor  # int64, at least 1
+    num_keys: tuple[int, ...]  # by sample
+    num_chains: tuple[int, ...]  # by sample, at least 1
     spans: tuple[SampleSpan, ...]
 
-    @property
-    def chain_sample_Q(self) -> Tensor:
-        return self.key_sample_S[self.chain_key_Q]
+    def counts(self, depth: int) -> tuple[int, ...]:
+        """Chains that are still inside their text at each of `depth` steps."""
+        return tuple(sum(max(0, n - step) for n in self.num_chains) for step in range(depth))
 
-    @property
-    def chain_position_Q(self) -> Tensor:
-        """The row t where each chain starts."""
-        return self.key_position_S[self.chain_key_Q]
+    def ahead(self, step: int) -> Tensor:
+        """Rows [Q] between a chain's start and its place at `step`; held at the last one beyond the text's end."""
+        return (self.steps_left_Q - 1).clamp(max=step)
+
+    def position_at(self, step: int) -> Tensor:
+        """RoPE position [Q] of each chain's step."""
+        return self.key_position_S.index_select(0, self.chain_key_Q) + self.ahead(step)
 
 
 def make_batch(samples: Sequence[DraftSample]) -> DraftBatch | None:
-    """Join samples in order of length (stable), without those too short to hold a chain; None when none is left."""
+    """Join samples in order of length (stable), without those too short to hold a chain; None when none is left.
+
+    Raises ValueError when they come from different forwards, whose output layers may differ.
+    """
     samples = [s for s in samples if len(s.token_ids) - s.prompt_len >= 2]
     if not samples:
         return None
+    if any(s.target_head is not samples[0].target_head for s in samples):
+        raise ValueError("samples of different forwards in one draft batch: each has an output layer of its own")
     samples.sort(key=lambda s: len(s.token_ids))
     device = samples[0].token_ids.device
-
-    def integers(values: Sequence[int]) -> Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=device)
-
-    num_keys = [len(s.token_ids) - 2 for s in samples]
-    num_chains = [len(s.token_ids) - s.prompt_len - 1 for s in samples]
-    num_keys_B, num_chains_B = integers(num_keys), integers(num_chains)
-    key_sample_S, key_position_S = _ranks(num_keys_B)
+    num_keys = tuple(len(s.token_ids) - 2 for s in samples)
+    num_chains = tuple(len(s.token_ids) - s.prompt_len - 1 for s in samples)
+    # Indices are computed on the CPU, where sizes are known, and sent in one piece each.
+    num_keys_B, num_chains_B = torch.tensor(num_keys), torch.tensor(num_chains)
+    _, key_position_S = _ranks(num_keys_B)
     chain_sample_Q, chain_rank_Q = _ranks(num_chains_B)
     first_chain_key_B = num_keys_B.cumsum(0) - num_chains_B
     return DraftBatch(
-        key_embeds_SH=_at_least_float32(torch.cat([s.embeds[1:-1] for s in samples])),
-        key_aux_SA=_at_least_float32(torch.cat([s.aux_hidden[:-2] for s in samples])),
-        key_sample_S=key_sample_S,
-        key_position_S=key_position_S,
-        chain_key_Q=first_chain_key_B[chain_sample_Q] + chain_rank_Q,
-        chain_rank_Q=chain_rank_Q,
-        steps_left_Q=num_chains_B[chain_sample_Q] - chain_rank_Q,
+        key_embeds_SH=torch.cat([s.embeds[1:-1] for s in samples]),
+        key_aux_SA=torch.cat([s.aux_hidden[:-2] for s in samples]),
+        key_position_S=key_position_S.to(device),
+        chain_key_Q=(first_chain_key_B[chain_sample_Q] + chain_rank_Q).to(device),
+        chain_rank_Q=chain_rank_Q.to(device),
+        chain_sample_Q=chain_sample_Q.to(device),
+        steps_left_Q=(num_chains_B[chain_sample_Q] - chain_rank_Q).to(device),
         next_token_Q=torch.cat([s.token_ids[s.prompt_len + 1 :] for s in samples]),
-        target_logits_QV=_at_least_float32(torch.cat([s.target_logits[s.prompt_len : -1] for s in samples])),
-        temperature_B=torch.tensor([s.temperature for s in samples], dtype=torch.float64, device=device),
-        seed_B=integers([s.seed for s in samples]),
-        num_chains_B=num_chains_B,
+        target_hidden_QW=torch.cat([s.target_hidden[s.prompt_len : -1] for s in samples]),
+        target_head_VW=samples[0].target_head,
+        temperature_B=torch.tensor([s.temperature for s in samples], dtype=torch.float64).to(device),
+        seed_B=torch.tensor([s.seed for s in samples], dtype=torch.int64).to(device),
+        num_keys=num_keys,
+        num_chains=num_chains,
         spans=_spans(num_keys, num_chains),
     )
-
-
-def _at_least_float32(x: Tensor) -> Tensor:
-    """A draft is trained in float32 whatever its policy computes in; float64 stays, for tests."""
-    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
 def _spans(num_keys: Sequence[int], num_chains: Sequence[int]) -> tuple[SampleSpan, ...]:
@@ -111,6 +117,6 @@ def _spans(num_keys: Sequence[int], num_chains: Sequence[int]) -> tuple[SampleSp
 
 def _ranks(counts_B: Tensor) -> tuple[Tensor, Tensor]:
     """For `counts_B[b]` items of each sample, end to end: the sample of every item, and its rank within it."""
-    sample = torch.arange(len(counts_B), device=counts_B.device).repeat_interleave(counts_B)
+    sample = torch.arange(len(counts_B)).repeat_interleave(counts_B)
     first_B = counts_B.cumsum(0) - counts_B
-    return sample, torch.arange(len(sample), device=counts_B.device) - first_B[sample]
+    return sample, torch.arange(len(sample)) - first_B[sample]

@@ -17,6 +17,7 @@ class DraftConfig:
     aux_layer_ids: tuple[int, ...] = ()  # () = three distinct layers: second, middle, fourth from the top
     draft_vocab_size: int = 0  # 0 = the target's whole vocabulary (needed for the rejection rule in SGLang)
     intermediate_size: int = 0  # 0 = the target's
+    compute_dtype: str = "float32"  # of the training's matrix products; bfloat16 on a GPU. Weights stay float32
     unroll: int = 3  # training-time-test steps (EAGLE-3)
     step_decay: float = 0.8  # weight of unroll step j is step_decay ** j
     lr: float = 1e-3
@@ -25,5 +26,5 @@ class DraftConfig:
     adam_beta2: float = 0.95
     clip_grad: float = 0.5
     updates_per_step: int = 1  # optimizer steps per rollout, each on its own part of the captured samples
-    max_tokens_per_update: int = 4096  # padded tokens of one optimizer step; the rest of the samples is left out
-    capture_max_bytes: int = 2 << 30  # hidden states and logits kept at once; above it samples are dropped, and counted
+    max_tokens_per_update: int = 4096  # tokens of one optimizer step; the rest of the samples is left out
+    capture_max_bytes: int = 2 << 30  # captured states kept at once; above it samples are dropped, and counted

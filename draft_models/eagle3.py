@@ -200,8 +200,11 @@ class Eagle3(nn.Module):
 
     def logits(self, state: Tensor, numerics: Numerics = FAST) -> Tensor:
         """Draft logits [..., R] of a pre-norm state [..., H]."""
-        normed = numerics.rms_norm(state, self.norm.weight, self.config.rms_norm_eps)
-        return numerics.linear(normed, self.lm_head.weight)
+        return numerics.linear(self.final_norm(state, numerics), self.lm_head.weight)
+
+    def final_norm(self, state: Tensor, numerics: Numerics = FAST) -> Tensor:
+        """What the head reads, [..., H]."""
+        return numerics.rms_norm(state, self.norm.weight, self.config.rms_norm_eps)
 
     def attention_input(self, embeds: Tensor, hidden: Tensor, numerics: Numerics = FAST) -> Tensor:
         """Normed embeddings and normed hidden states side by side, each [..., H], as [..., 2H]."""

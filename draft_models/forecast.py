@@ -11,6 +11,7 @@ C chains of one sample (padded), K draft depth.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -45,10 +46,21 @@ def accept_posterior(
     rules have one fixed proposal, and a rejected proposal is never emitted, hence 1 or 0: the draft's argmax, or for
     coupled its choice under the shared noise. At temperature 0 every rule is greedy.
     """
-    best_n = _target_id(draft_logits_nR.argmax(-1), target_ids_R)
-    is_best_n = (best_n == emitted.token_n).to(draft_logits_nR.dtype)
     is_greedy_n = temperature_n == 0
     logits_nR = draft_logits_nR / torch.where(is_greedy_n, 1.0, temperature_n).to(draft_logits_nR.dtype)[:, None]
+    return posterior_at_temperature(rule, logits_nR, is_greedy_n, emitted, target_ids_R)
+
+
+def posterior_at_temperature(
+    rule: VerifyRule,
+    logits_nR: Tensor,
+    is_greedy_n: Tensor,
+    emitted: EmittedTokens,
+    target_ids_R: Tensor | None = None,
+) -> Tensor:
+    """`accept_posterior` of draft logits that are already divided by the temperature (by anything where greedy)."""
+    best_n = _target_id(logits_nR.argmax(-1), target_ids_R)
+    is_best_n = (best_n == emitted.token_n).to(logits_nR.dtype)
     if rule is VerifyRule.REJECTION:
         value_n = accept_probability(_prob_of_token(logits_nR, emitted.token_n, target_ids_R), emitted.p_token_n)
     elif rule is VerifyRule.COUPLED:
@@ -80,23 +92,25 @@ class AcceptForecast:
         return 1.0 + sum(self.accepted_by_position) / steps if steps > 0 else 1.0
 
 
-def forecast_acceptance(posterior_QK: Tensor, num_chains_B: Tensor, depth: int) -> AcceptForecast:
+def forecast_acceptance(posterior_QK: Tensor, num_chains: Sequence[int], depth: int) -> AcceptForecast:
     """Expected statistics of drafting `depth` tokens at every step of these texts (1 <= depth <= K).
 
     `posterior_QK`: chances by chain and step, of which the first `depth` are used. The chain of rank c follows
-    response token c (0-based), so num_chains_B = response length - 1.
+    response token c (0-based), so num_chains[b] = response length - 1. Runs on the CPU, whatever device the
+    chances are on: the recursion is as long as the longest response, and small.
 
     From a start of rank c with n accepted, the next start has rank c + n + 1; hence P(start at c) is a forward
     recursion (a renewal process with n + 1 as the step).
     """
-    num_samples, num_chains = len(num_chains_B), int(num_chains_B.max())
-    rank_C = torch.arange(num_chains, device=posterior_QK.device)
+    posterior_QK, num_chains_B = posterior_QK.cpu(), torch.tensor(num_chains)
+    num_samples, longest = len(num_chains), max(num_chains)
+    rank_C = torch.arange(longest)
     exists_BC = rank_C < num_chains_B[:, None]
     left_BC = num_chains_B[:, None] - rank_C  # tokens of the text that follow the start
-    posterior_BCK = posterior_QK.new_zeros(num_samples, num_chains, depth, dtype=torch.float64)
+    posterior_BCK = posterior_QK.new_zeros(num_samples, longest, depth, dtype=torch.float64)
     posterior_BCK[exists_BC] = posterior_QK[:, :depth].double()
     # reach[j]: the first j drafts stand; a draft behind the end of the text cannot.
-    inside_BCK = torch.arange(depth, device=rank_C.device) < left_BC[..., None]
+    inside_BCK = torch.arange(depth) < left_BC[..., None]
     reach_BCK = torch.where(inside_BCK, posterior_BCK, 0.0).cumprod(-1)
     reach_BCM = torch.nn.functional.pad(reach_BCK, (1, 1), value=0.0)
     reach_BCM[..., 0] = 1.0

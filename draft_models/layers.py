@@ -213,6 +213,21 @@ class FastNumerics:
         return seen.mask
 
 
+class MixedNumerics(FastNumerics):
+    """Products of half-precision operands; norms, sums and the weights themselves stay as they are. For training."""
+
+    def __init__(self, product_dtype: torch.dtype) -> None:
+        super().__init__()
+        self._product_dtype = product_dtype
+
+    def linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        half = self._product_dtype
+        return F.linear(x.to(half), weight.to(half), None if bias is None else bias.to(half))
+
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        return super().rms_norm(x, weight, eps).to(self._product_dtype)  # every norm feeds a product
+
+
 # ---------------------------------------------------------------- batch-invariant
 
 _LANES = 64  # a multiple of every CPU vector width (elements), so a row of whole lanes has no scalar tail

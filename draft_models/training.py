@@ -4,8 +4,10 @@ The draft is unrolled as the engine runs it (EAGLE-3's "training-time test"): a 
 target's hidden states once and then its own states. Its step j takes the token x_{t+1+j}, has RoPE position t + j, sees
 the step-0 keys of rows 0..t and its own keys of steps 1..j, and predicts x_{t+2+j}.
 
-Axes: S key rows (every row that a chain may see), Q chains, n the chains still inside their text at one unroll step,
-R draft vocabulary, K unroll steps.
+Every chain runs for all steps, also beyond the end of its text (a few rows of each sample), so that all shapes are
+known and nothing waits for the device; what lies beyond is not counted and has no gradient.
+
+Axes: S key rows (every row that a chain may see), Q chains, K unroll steps.
 """
 
 from __future__ import annotations
@@ -19,126 +21,92 @@ from torch import Tensor
 from draft_models.chain_attention import ChainAttention
 from draft_models.chain_batch import DraftBatch, make_batch
 from draft_models.eagle3 import Eagle3
-from draft_models.forecast import EmittedTokens, accept_posterior
-from draft_models.losses import AcceptanceSums, acceptance_sums, forward_kl, soft_target
+from draft_models.head_loss import HeadTask, head_loss
+from draft_models.layers import FAST, MixedNumerics, Numerics
 from draft_models.types import VerifyRule
 
-__all__ = ["DraftBatch", "DraftLoss", "UnrollStep", "accept_posteriors", "draft_loss", "make_batch", "unroll"]
+__all__ = ["DraftBatch", "DraftLoss", "accept_posteriors", "draft_loss", "make_batch", "unroll"]
 
 
-@dataclass(frozen=True, slots=True)
-class UnrollStep:
-    """One step of every chain that is still inside its text."""
+def unroll(draft: Eagle3, batch: DraftBatch, depth: int, numerics: Numerics = FAST) -> Iterator[Tensor]:
+    """The pre-norm states [Q, H] of each of `depth` steps; differentiable in the draft's weights.
 
-    step: int
-    chain_n: Tensor  # int64: which chains
-    logits_nR: Tensor  # draft logits, temperature-free, over the draft vocabulary
-
-
-def unroll(draft: Eagle3, batch: DraftBatch, depth: int) -> Iterator[UnrollStep]:
-    """Run every chain for up to `depth` steps; differentiable in the draft's weights."""
-    hidden_SH = draft.fuse(batch.key_aux_SA)
-    x_S2H = draft.attention_input(batch.key_embeds_SH, hidden_SH)
-    attention = ChainAttention(draft, batch, x_S2H)
-    chain_n = torch.arange(len(batch.chain_key_Q), device=hidden_SH.device)
-    hidden_nH, x_n2H = hidden_SH[batch.chain_key_Q], x_S2H[batch.chain_key_Q]
+    They mean something for chains with steps_left_Q > step, and are finite for the others.
+    """
+    dtype = draft.lm_head.weight.dtype
+    embeds_SH = batch.key_embeds_SH.to(dtype)
+    hidden_SH = draft.fuse(batch.key_aux_SA.to(dtype), numerics).to(dtype)  # the residual stream is not rounded
+    x_S2H = draft.attention_input(embeds_SH, hidden_SH, numerics)
+    attention = ChainAttention(draft, batch, x_S2H, numerics)
+    hidden_QH, x_Q2H = (rows.index_select(0, batch.chain_key_Q) for rows in (hidden_SH, x_S2H))
     for step in range(depth):
-        state_nH = draft.finish(attention.run(step, chain_n, x_n2H), hidden_nH)
-        yield UnrollStep(step, chain_n, draft.logits(state_nH))
-        goes_on_n = batch.steps_left_Q[chain_n] > step + 1
-        chain_n, hidden_nH = chain_n[goes_on_n], state_nH[goes_on_n]
-        if step + 1 == depth or len(chain_n) == 0:
+        state_QH = draft.finish(attention.run(step, x_Q2H), hidden_QH, numerics)
+        yield state_QH
+        if step + 1 == depth:
             return
-        x_n2H = draft.attention_input(batch.key_embeds_SH[batch.chain_key_Q[chain_n] + step + 1], hidden_nH)
+        hidden_QH = state_QH
+        next_row_Q = batch.chain_key_Q + batch.ahead(step + 1)
+        x_Q2H = draft.attention_input(embeds_SH.index_select(0, next_row_Q), hidden_QH, numerics)
 
 
 @dataclass(frozen=True, slots=True)
 class DraftLoss:
-    """Sums, so that data-parallel ranks can divide by the global count; lists are by unroll step."""
+    """Sums, so that data-parallel ranks can divide by the global count. Those by step are float64 [K], no gradient."""
 
     loss_sum: Tensor  # scalar with gradient: sum over steps j of step_decay**j * KL, in nats
-    token_count: int  # chains, i.e. rows of step 0: what `loss_sum` is to be divided by
-    kl_sums: tuple[float, ...]
-    counts: tuple[int, ...]
-    acceptance: tuple[AcceptanceSums, ...]
+    counts: tuple[int, ...]  # chains inside their text, by step
+    kl_K: Tensor
+    overlap_K: Tensor  # see `losses.Comparison`
+    top1_K: Tensor
+    agree_K: Tensor
     posterior_QK: Tensor | None  # see `accept_posteriors`; None when no rule was given
+
+    @property
+    def token_count(self) -> int:
+        """Chains, i.e. rows of step 0: what `loss_sum` is to be divided by."""
+        return self.counts[0]
 
 
 def draft_loss(
-    draft: Eagle3, batch: DraftBatch, depth: int, step_decay: float, rule: VerifyRule | None = None
+    draft: Eagle3,
+    batch: DraftBatch,
+    depth: int,
+    step_decay: float,
+    rule: VerifyRule | None = None,
+    *,
+    product_dtype: torch.dtype | None = None,
 ) -> DraftLoss:
     """Soft-label forward KL of `depth` unrolled steps against the target at the rollout's temperature.
 
-    Greedy samples are compared at temperature 1, whose soft labels say more than an argmax. With `rule` the same
-    forward also gives `posterior_QK`, what the acceptance forecast needs.
+    Greedy samples are compared at temperature 1. With `rule` the same forward also gives `posterior_QK`, what the
+    acceptance forecast needs. `product_dtype` (bfloat16, say) is that of the matrix products' operands; None is the
+    weights' own. Weights, norms, residual stream, softmax and loss keep the weights' dtype.
     """
-    temperature_Q1 = _loss_temperature(batch)
-    with torch.no_grad():
-        target = soft_target(batch.target_logits_QV, temperature_Q1, draft.target_ids)
-        p_token_Q = None if rule is None else _token_probs(batch)
-        posterior_QK = temperature_Q1.new_zeros(len(temperature_Q1), depth)
-    loss_sum = torch.zeros((), dtype=batch.key_embeds_SH.dtype, device=batch.key_embeds_SH.device)
-    kl_sums: list[float] = []
-    counts: list[int] = []
-    sums: list[AcceptanceSums] = []
-    for unrolled in unroll(draft, batch, depth):
-        rows = target.rows(unrolled.chain_n + unrolled.step)
-        logits_nR = unrolled.logits_nR / temperature_Q1[unrolled.chain_n]
-        kl = forward_kl(logits_nR, rows).sum()
-        loss_sum = loss_sum + step_decay**unrolled.step * kl
-        kl_sums.append(float(kl.detach()))
-        counts.append(len(unrolled.chain_n))
-        sums.append(acceptance_sums(logits_nR, rows))
-        if rule is not None and p_token_Q is not None:
-            posterior_QK[unrolled.chain_n, unrolled.step] = _token_posterior(draft, batch, unrolled, p_token_Q, rule)
-    return DraftLoss(
-        loss_sum=loss_sum,
-        token_count=len(batch.chain_key_Q),
-        kl_sums=tuple(kl_sums),
-        counts=tuple(counts),
-        acceptance=tuple(sums),
-        posterior_QK=None if rule is None else posterior_QK,
-    )
+    dtype = draft.lm_head.weight.dtype
+    product_dtype = product_dtype or dtype
+    numerics = FAST if product_dtype == dtype else MixedNumerics(product_dtype)
+    # Step j of a chain meets target row chain + j: rolled by j, all steps of a row stand together.
+    states = [state_QH.roll(step, 0) for step, state_QH in enumerate(unroll(draft, batch, depth, numerics))]
+    inside_KQ = batch.chain_rank_Q >= torch.arange(depth, device=batch.chain_rank_Q.device)[:, None]
+    decay_K1 = torch.tensor([[step_decay**step] for step in range(depth)], dtype=dtype).to(inside_KQ.device)
+    task = HeadTask(batch, draft.target_ids, decay_K1 * inside_KQ, rule, product_dtype)
+    normed_KQH = draft.final_norm(torch.stack(states))
+    loss_sum, figures, posterior_KQ = head_loss(normed_KQH, draft.lm_head.weight, task)
+    kl_K, overlap_K, top1_K, agree_K = torch.where(inside_KQ, figures, 0.0).sum(-1, dtype=torch.float64)
+    posterior_KQ = torch.where(inside_KQ, posterior_KQ, 0.0)
+    by_chain = torch.stack([row_Q.roll(-step, 0) for step, row_Q in enumerate(posterior_KQ)], dim=1)
+    counts = batch.counts(depth)
+    return DraftLoss(loss_sum, counts, kl_K, overlap_K, top1_K, agree_K, None if rule is None else by_chain)
 
 
 @torch.no_grad()
-def accept_posteriors(draft: Eagle3, batch: DraftBatch, depth: int, rule: VerifyRule) -> Tensor:
+def accept_posteriors(
+    draft: Eagle3, batch: DraftBatch, depth: int, rule: VerifyRule, *, product_dtype: torch.dtype | None = None
+) -> Tensor:
     """Chance [Q, K] that x_{t+2+j} came from an accepted draft, had a chain started at t and stood until step j.
 
     For the text as it is, under `rule` and the temperature, without top-p or top-k. 0 beyond the end of the text.
     """
-    p_token_Q = _token_probs(batch)
-    posterior_QK = p_token_Q.new_zeros(len(p_token_Q), depth)
-    for unrolled in unroll(draft, batch, depth):
-        posterior_QK[unrolled.chain_n, unrolled.step] = _token_posterior(draft, batch, unrolled, p_token_Q, rule)
+    posterior_QK = draft_loss(draft, batch, depth, 1.0, rule, product_dtype=product_dtype).posterior_QK
+    assert posterior_QK is not None
     return posterior_QK
-
-
-def _token_posterior(
-    draft: Eagle3, batch: DraftBatch, unrolled: UnrollStep, p_token_Q: Tensor, rule: VerifyRule
-) -> Tensor:
-    chain_n, row_n = unrolled.chain_n, unrolled.chain_n + unrolled.step
-    sample_n = batch.chain_sample_Q[chain_n]
-    return accept_posterior(
-        rule,
-        unrolled.logits_nR.detach(),
-        batch.temperature_B[sample_n],
-        EmittedTokens(
-            token_n=batch.next_token_Q[row_n],
-            p_token_n=p_token_Q[row_n],
-            seed_n=batch.seed_B[sample_n],
-            position_n=batch.key_position_S[batch.chain_key_Q[chain_n]] + unrolled.step + 2,
-        ),
-        draft.target_ids,
-    )
-
-
-def _loss_temperature(batch: DraftBatch) -> Tensor:
-    temperature_Q1 = batch.temperature_B[batch.chain_sample_Q, None].to(batch.target_logits_QV.dtype)
-    return torch.where(temperature_Q1 == 0, 1.0, temperature_Q1)
-
-
-def _token_probs(batch: DraftBatch) -> Tensor:
-    """The target's probability of each emitted token at the rollout's temperature, [Q]."""
-    logits_QV = batch.target_logits_QV / _loss_temperature(batch)
-    return (logits_QV.gather(1, batch.next_token_Q[:, None])[:, 0] - logits_QV.logsumexp(-1)).exp()

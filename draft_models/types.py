@@ -30,8 +30,11 @@ class VerifyRule(StrEnum):
 class DraftSample:
     """One rolled-out sequence as the draft learns from it, all taken from ONE target forward (same weights).
 
-    Row t of `aux_hidden` and `target_logits` comes from the target at position t, so `target_logits[t]` is
+    Row t of `aux_hidden` and `target_hidden` comes from the target at position t, so `target_logits[t]` is
     the (temperature-free, unfiltered) logits of x_{t+1}. Nothing here carries a gradient.
+
+    Instead of the logits, which would be most of the bytes, it holds what the target's output layer read, and that
+    layer as it was, one tensor that all samples of a forward share.
     """
 
     prompt_id: int
@@ -39,14 +42,20 @@ class DraftSample:
     token_ids: torch.Tensor  # [T] int64: prompt and response
     embeds: torch.Tensor  # [T, H] rows of the policy's embedding for token_ids
     aux_hidden: torch.Tensor  # [T, 3H] outputs of the three captured layers, concatenated in layer order
-    target_logits: torch.Tensor  # [T, V]
+    target_hidden: torch.Tensor  # [T, H] after the final norm
+    target_head: torch.Tensor  # [V, H]
     prompt_len: int  # positions below it are prompt; the first response token is x[prompt_len]
     temperature: float  # of the rollout; 0 means greedy
     seed: int  # the request's seed, for the coupled rule's shared noise
     policy_version: int
 
     @property
+    def target_logits(self) -> torch.Tensor:
+        """[T, V], computed anew in the dtype of the capture."""
+        return torch.nn.functional.linear(self.target_hidden, self.target_head)
+
+    @property
     def num_bytes(self) -> int:
-        """Bytes held by the four tensors."""
-        tensors = (self.token_ids, self.embeds, self.aux_hidden, self.target_logits)
+        """Bytes held by its own four tensors; the shared `target_head` comes on top once."""
+        tensors = (self.token_ids, self.embeds, self.aux_hidden, self.target_hidden)
         return sum(t.numel() * t.element_size() for t in tensors)

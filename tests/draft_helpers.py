@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -35,6 +37,12 @@ def small_draft(seed: int = 0, draft_vocab_size: int = 0, dtype: torch.dtype = t
     return draft
 
 
+@cache
+def identity_head(dtype: torch.dtype) -> Tensor:
+    """An output layer whose input is the logits; one tensor, as all samples of a forward share theirs."""
+    return torch.eye(int(TARGET_CONFIG["vocab_size"]), dtype=dtype)
+
+
 def random_sample(
     length: int,
     prompt_len: int,
@@ -55,7 +63,8 @@ def random_sample(
         token_ids=torch.randint(int(vocab), (length,), generator=generator),
         embeds=normal(length, int(hidden)),
         aux_hidden=normal(length, 3 * int(hidden)),
-        target_logits=2 * normal(length, int(vocab)),
+        target_hidden=2 * normal(length, int(vocab)),
+        target_head=identity_head(dtype),
         prompt_len=prompt_len,
         temperature=temperature,
         seed=seed,

@@ -130,7 +130,7 @@ def test_evaluation_leaves_the_depth_controller_alone(monkeypatch: pytest.Monkey
         config=RunConfig(eval_interval=1),
         eval_prompts=("p",),
         clock=PhaseClock(),
-        engine=SimpleNamespace(controller=controller),
+        engine=SimpleNamespace(state=controller.state, load_state=controller.load_state),
         sampling=None,
         reward=None,
     )

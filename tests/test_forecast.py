@@ -121,7 +121,7 @@ def differences(chain: Chain, rule: VerifyRule, depth: int, scored_by: Chain | N
         part = part[decoded.length_B[part] > 1]
         chains = decoded.length_B[part] - 1
         flat = posterior[part][torch.arange(MAX_NEW - 1) < chains[:, None]]
-        forecast = forecast_acceptance(flat, chains, depth)
+        forecast = forecast_acceptance(flat, chains.tolist(), depth)
         expected = [*forecast.histogram, *forecast.proposed_by_position, *forecast.accepted_by_position]
         observed = torch.cat([decoded.histogram[part], decoded.proposed[part], decoded.accepted[part]], dim=1).sum(0)
         rows.append(observed.double() - torch.tensor(expected, dtype=torch.float64))
@@ -162,7 +162,7 @@ def test_forecast_sees_a_draft_that_is_not_the_one_that_served(rule: VerifyRule)
 def test_forecast_by_hand() -> None:
     """A response of three tokens: a start at rank 0, then at rank 1 or 2 (the end)."""
     posterior = torch.tensor([[0.25, 0.5], [0.4, 0.0]])
-    forecast = forecast_acceptance(posterior, torch.tensor([2]), 2)
+    forecast = forecast_acceptance(posterior, [2], 2)
     assert forecast.histogram == pytest.approx((0.75 + 0.75 * 0.6, 0.25 * 0.5 + 0.75 * 0.4, 0.25 * 0.5))
     assert forecast.proposed_by_position == pytest.approx((1.75, 1.75))
     assert forecast.accepted_by_position == pytest.approx((0.25 + 0.75 * 0.4, 0.125))

@@ -42,7 +42,8 @@ def captured(pair: Pair, sample: Sample) -> DraftSample:
         token_ids=tokens,
         embeds=decoder.embed[tokens],
         aux_hidden=out.aux_BMA[0],
-        target_logits=decoder.logits(out.hidden_BMH)[0],
+        target_hidden=out.hidden_BMH[0],
+        target_head=decoder.head,
         prompt_len=len(sample.request.prompt_ids),
         temperature=sample.request.sampling.temperature,
         seed=sample.request.sampling.seed,
@@ -71,7 +72,7 @@ def differences(pair: Pair, rule: VerifyRule, temperature: float, scored_by: Eag
         if batch is None:
             continue
         posterior = accept_posteriors(scored_by or pair[1], batch, DEPTH, rule)
-        forecast = forecast_acceptance(posterior, batch.num_chains_B, DEPTH)
+        forecast = forecast_acceptance(posterior, batch.num_chains, DEPTH)
         observed = sum((sample.spec for sample in group), SpecStats())
         expected = [forecast.histogram, forecast.proposed_by_position, forecast.accepted_by_position]
         counted = [observed.accepted_histogram, observed.proposed_by_position, observed.accepted_by_position]

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from tests.policy_helpers import rollout
+from trainer import vocab_parallel
 from trainer.advantages import drop_groups_without_signal, group_advantages, with_advantages
 from trainer.config import ConfigError
 from trainer.losses import clipped_policy_loss, kl_to_reference, tis_weights
@@ -103,18 +104,23 @@ def test_dynamic_sampling_drops_groups_of_equal_reward():
     assert {s.request.prompt_id for s in drop_groups_without_signal(samples)} == {0, 2}
 
 
-def test_log_probs_and_entropy_equal_autograd_and_leave_the_logits_alone():
+@pytest.mark.parametrize("with_entropy", [False, True])
+@pytest.mark.parametrize("elements", [1, 70, 1 << 24])
+def test_log_probs_and_entropy_equal_autograd_and_leave_the_logits_alone(monkeypatch, elements, with_entropy):
+    """On some of the rows, in pieces of any size."""
+    monkeypatch.setattr(vocab_parallel, "_PIECE_ELEMENTS", elements)
     torch.manual_seed(0)
-    logits, targets = torch.randn(7, 33) * 3, torch.randint(0, 33, (7,))
+    logits, targets, rows = torch.randn(9, 33) * 3, torch.randint(0, 33, (7,)), torch.tensor([0, 1, 3, 4, 5, 6, 8])
     temperature, (w, u) = torch.linspace(0.5, 2.0, 7), torch.randn(2, 7)
     plain = logits.clone().requires_grad_()
-    log_p = (plain / temperature[:, None]).log_softmax(-1)
+    log_p = (plain[rows] / temperature[:, None]).log_softmax(-1)
     logp, entropy = log_p.gather(-1, targets[:, None])[:, 0], -(log_p.exp() * log_p).sum(-1)
-    (w * logp + u * entropy).sum().backward()
+    (w * logp + with_entropy * u * entropy).sum().backward()
 
     ours = logits.clone().requires_grad_()
-    our_logp, our_entropy = log_probs_and_entropy(ours, targets, temperature)
-    (w * our_logp + u * our_entropy).sum().backward()
+    our_logp, our_entropy = log_probs_and_entropy(ours, rows, targets, temperature)
+    loss = (w * our_logp).sum()
+    (loss + (u * our_entropy).sum() if with_entropy else loss).backward()
     torch.testing.assert_close(our_logp, logp)
     torch.testing.assert_close(our_entropy, entropy)
     torch.testing.assert_close(ours.grad, plain.grad)
@@ -123,5 +129,5 @@ def test_log_probs_and_entropy_equal_autograd_and_leave_the_logits_alone():
 
 def test_temperature_matters_to_log_probs():
     logits, targets = torch.tensor([[0.0, 2.0]]), torch.tensor([1])
-    cold, _ = log_probs_and_entropy(logits, targets, torch.tensor([0.5]))
+    cold, _ = log_probs_and_entropy(logits, torch.tensor([0]), targets, torch.tensor([0.5]))
     assert cold.item() == pytest.approx(-math.log1p(math.exp(-4.0)), rel=1e-4)

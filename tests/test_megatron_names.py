@@ -6,7 +6,13 @@ import torch
 from tests.policy_helpers import hf_model
 from trainer.config import ConfigError, PolicyConfig
 from trainer.megatron_names import Heads, Layout, fuse_qkv, merge, rule_for, shard, split_qkv
-from trainer.megatron_settings import check_layout, config_fields, rope_settings, scheduler_fields, transformer_settings
+from trainer.megatron_settings import (
+    check_layout,
+    config_fields,
+    rope_frequencies,
+    scheduler_fields,
+    transformer_settings,
+)
 
 HEADS = Heads(num_query_groups=2, kv_channels=8)
 LAYER_PARAMS = (
@@ -89,14 +95,15 @@ def test_unsupported_architectures_are_named(change, word):
 
 
 def test_rope_of_old_and_new_config_files():
-    assert rope_settings({"rope_theta": 5.0}) == {"rotary_base": 5.0}
-    assert rope_settings({"rope_parameters": {"rope_theta": 6.0, "rope_type": "default"}}) == {"rotary_base": 6.0}
-    llama3 = {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-    llama3 |= {"original_max_position_embeddings": 8192}
-    expected = {"rotary_base": 5.0, "rope_scaling": True, "rope_scaling_factor": 32.0}
-    assert rope_settings({"rope_theta": 5.0, "rope_scaling": llama3}) == expected
+    assert rope_frequencies({"rope_theta": 16.0}, 4).tolist() == pytest.approx([1.0, 0.25])
+    new = {"rope_parameters": {"rope_theta": 100.0, "rope_type": "default"}}
+    assert rope_frequencies(new, 4).tolist() == pytest.approx([1.0, 0.1])
+    linear = {"rope_theta": 16.0, "rope_scaling": {"type": "linear", "factor": 2.0}}
+    assert rope_frequencies(linear, 4).tolist() == pytest.approx([0.5, 0.125])
     with pytest.raises(ConfigError, match="yarn"):
-        rope_settings({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}})
+        rope_frequencies({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, 4)
+    with pytest.raises(ConfigError, match="llama3 lack 'low_freq_factor'"):
+        rope_frequencies({"rope_scaling": {"rope_type": "llama3", "factor": 4.0}}, 4)
 
 
 def test_megatron_table_passes_through_and_names_the_nearest_key():

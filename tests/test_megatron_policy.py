@@ -39,7 +39,7 @@ def weights(policy):
 
 def on_cpu(draft):
     """The tests also run where the policy is on a GPU; Transformers stays on the CPU."""
-    names = ("token_ids", "embeds", "aux_hidden", "target_logits")
+    names = ("token_ids", "embeds", "aux_hidden", "target_hidden", "target_head")
     return replace(draft, **{name: getattr(draft, name).cpu() for name in names})
 
 

@@ -22,8 +22,10 @@ from draft_models.randomness import request_seed
 from draft_models.training import DraftBatch, DraftLoss, accept_posteriors, draft_loss, make_batch
 from draft_models.types import DraftSample, VerifyRule
 from rollout_engine.types import Sample
+from trainer.config import ConfigError
 
 Key = tuple[int, int]
+COMPUTE_DTYPES = {"float32": None, "bfloat16": torch.bfloat16}
 
 
 class DraftUpdateError(RuntimeError):
@@ -36,6 +38,14 @@ class DraftSettings:
 
     rule: VerifyRule
     depth: int  # k of the engine, for the forecast
+
+
+def product_dtype(compute_dtype: str) -> torch.dtype | None:
+    """`draft.compute_dtype` as torch has it; None is the weights' own. Raises ConfigError for another one."""
+    if compute_dtype not in COMPUTE_DTYPES:
+        known = ", ".join(COMPUTE_DTYPES)
+        raise ConfigError(f"draft.compute_dtype {compute_dtype!r} is not supported; use one of {known}")
+    return COMPUTE_DTYPES[compute_dtype]
 
 
 def plan_updates(samples: Sequence[Sample], config: DraftConfig, seed: int, step: int) -> list[frozenset[Key]]:
@@ -64,6 +74,7 @@ class DraftLearner:
         self, draft: Eagle3, config: DraftConfig, settings: DraftSettings, group: dist.ProcessGroup | None = None
     ) -> None:
         self.draft, self.config, self.settings = draft, config, settings
+        self._product_dtype = product_dtype(config.compute_dtype)
         self._group = group
         self._frozen: Eagle3 | None = None
         self._optimizer = torch.optim.AdamW(
@@ -71,6 +82,7 @@ class DraftLearner:
             lr=config.lr,
             betas=(config.adam_beta1, config.adam_beta2),
             weight_decay=config.weight_decay,
+            fused=all(p.is_cuda for p in draft.parameters()),  # one kernel a step instead of a few for each tensor
         )
 
     def freeze_copy(self) -> None:
@@ -98,8 +110,7 @@ class DraftLearner:
         batch = make_batch([s for s in captured if (s.prompt_id, s.sample_id) in plan[0]]) if plan else None
         if batch is None:
             return self._forecast_metrics("predicted", None, batch)
-        posteriors_QK = accept_posteriors(self.draft, batch, self.settings.depth, self.settings.rule)
-        return self._forecast_metrics("predicted", posteriors_QK, batch)
+        return self._forecast_metrics("predicted", self._posteriors(self.draft, batch), batch)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """What a sync sends: the draft's tensors under their checkpoint names."""
@@ -124,21 +135,14 @@ class DraftLearner:
             return None
         # The forecast rides on the training forward when the unroll is as deep as the engine drafts.
         rule = self.settings.rule if forecast and self.config.unroll >= self.settings.depth else None
-        return draft_loss(self.draft, batch, self.config.unroll, self.config.step_decay, rule)
+        return draft_loss(
+            self.draft, batch, self.config.unroll, self.config.step_decay, rule, product_dtype=self._product_dtype
+        )
 
     def _step(self, loss: DraftLoss | None) -> dict[str, float]:
         """Gradient of the mean over the group's chains, clip, step. A rank without samples adds zero."""
-        unroll = self.config.unroll
-        sums = torch.zeros(2 + 4 * unroll, dtype=torch.float64)
-        if loss is not None:
-            sums[:2] = torch.tensor([float(loss.loss_sum.detach()), loss.token_count])
-            for j in range(len(loss.counts)):
-                acceptance = loss.acceptance[j]
-                sums[2 + 4 * j : 6 + 4 * j] = torch.tensor(
-                    [loss.counts[j], loss.kl_sums[j], float(acceptance.overlap), float(acceptance.top1)]
-                )
-        self._all_reduce(sums)
-        loss_sum, count = float(sums[0]), float(sums[1])
+        sums = self._sums(loss)
+        loss_sum, count, *_ = sums[0].tolist()
         if count == 0:
             return {}
         self._optimizer.zero_grad(set_to_none=False)
@@ -151,14 +155,22 @@ class DraftLearner:
                 "before; lower draft.lr or draft.clip_grad, or look at the captured samples"
             )
         self._optimizer.step()
-        by_step = sums[2:].view(unroll, 4)
         result = {"loss": loss_sum / count, "grad_norm": grad_norm, "tokens": count}
-        for j in range(unroll):
-            if by_step[j, 0] > 0:
-                result[f"kl_{j}"] = float(by_step[j, 1] / by_step[j, 0])
-                result[f"overlap_{j}"] = float(by_step[j, 2] / by_step[j, 0])
-                result[f"top1_{j}"] = float(by_step[j, 3] / by_step[j, 0])
+        for j, (chains, kl, overlap, top1) in enumerate(sums[1:].tolist()):
+            if chains > 0:
+                result |= {f"kl_{j}": kl / chains, f"overlap_{j}": overlap / chains, f"top1_{j}": top1 / chains}
         return result
+
+    def _sums(self, loss: DraftLoss | None) -> torch.Tensor:
+        """Over the group, float64 [1 + unroll, 4], on the CPU: (loss, chains), then (chains, KL, overlap, top1)."""
+        device = next(self.draft.parameters()).device
+        sums = torch.zeros(1 + self.config.unroll, 4, dtype=torch.float64, device=device)
+        if loss is not None:
+            counts = torch.tensor([loss.token_count, *loss.counts], dtype=torch.float64).to(device)
+            sums[0, 0], sums[0, 1], sums[1:, 0] = loss.loss_sum.detach(), counts[0], counts[1:]
+            sums[1:, 1:] = torch.stack((loss.kl_K, loss.overlap_K, loss.top1_K), dim=1)
+        self._all_reduce(sums)
+        return sums.cpu()
 
     def _reduce_and_clip(self) -> float:
         gradients = []
@@ -176,23 +188,26 @@ class DraftLearner:
 
     def _all_reduce(self, sums: torch.Tensor) -> None:
         if self._group is not None and self._group.size() > 1:
-            moved = sums.to(next(self.draft.parameters()).device)
-            dist.all_reduce(moved, group=self._group)
-            sums.copy_(moved)
+            dist.all_reduce(sums, group=self._group)
 
     # ---- what the served draft should have shown ----
 
     def _forecasts(self, batch: DraftBatch | None, loss: DraftLoss | None) -> dict[str, Any]:
         posteriors_QK = None if loss is None else loss.posterior_QK
         if batch is not None and posteriors_QK is None:
-            posteriors_QK = accept_posteriors(self.draft, batch, self.settings.depth, self.settings.rule)
+            posteriors_QK = self._posteriors(self.draft, batch)
         metrics = self._forecast_metrics("predicted", posteriors_QK, batch)
         if self._frozen is not None:
             frozen_QK = None
             if batch is not None:
-                frozen_QK = accept_posteriors(self._frozen, batch, self.settings.depth, self.settings.rule)
+                frozen_QK = self._posteriors(self._frozen, batch)
             metrics |= self._forecast_metrics("frozen", frozen_QK, batch)
         return metrics
+
+    def _posteriors(self, draft: Eagle3, batch: DraftBatch) -> torch.Tensor:
+        return accept_posteriors(
+            draft, batch, self.settings.depth, self.settings.rule, product_dtype=self._product_dtype
+        )
 
     def _forecast_metrics(
         self, name: str, posteriors_QK: torch.Tensor | None, batch: DraftBatch | None
@@ -200,11 +215,10 @@ class DraftLearner:
         depth = self.settings.depth
         sums = torch.zeros(3 * depth + 1, dtype=torch.float64)
         if posteriors_QK is not None and batch is not None:
-            expected = forecast_acceptance(posteriors_QK, batch.num_chains_B, depth)
-            sums = torch.tensor(
-                [*expected.histogram, *expected.proposed_by_position, *expected.accepted_by_position],
-                dtype=torch.float64,
-            )
+            expected = forecast_acceptance(posteriors_QK, batch.num_chains, depth)
+            counts = (*expected.histogram, *expected.proposed_by_position, *expected.accepted_by_position)
+            sums = torch.tensor(counts, dtype=torch.float64)
+        sums = sums.to(next(self.draft.parameters()).device)
         self._all_reduce(sums)
         histogram, proposed, accepted = (part.tolist() for part in sums.split([depth + 1, depth, depth]))
         forecast = AcceptForecast(tuple(histogram), tuple(proposed), tuple(accepted))

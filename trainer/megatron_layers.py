@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import nn
+
+from draft_models.layers import apply_rope
+from trainer.policy_attention import PackedLayout, attention_function, kernel_for
 
 
 class RMSNorm(nn.RMSNorm):
@@ -17,59 +19,11 @@ class RMSNorm(nn.RMSNorm):
         self.weight.sequence_parallel = config.sequence_parallel  # read by finalize_model_grads
 
 
-class _TakeRows(torch.autograd.Function):
-    """`index_select` of distinct rows. Autograd's own backward cannot know that and adds element by element."""
-
-    @staticmethod
-    def forward(ctx: Any, source: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(rows)
-        ctx.num_rows = source.shape[0]
-        return source.index_select(0, rows)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
-        (rows,) = ctx.saved_tensors
-        grad_source = grads[0].new_zeros(ctx.num_rows, *grads[0].shape[1:])
-        return grad_source.index_copy_(0, rows, grads[0]), None
-
-
-def take_rows(source: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """source[rows] for DISTINCT rows [R] -> [R, ...], with a quick and deterministic gradient."""
-    return _TakeRows.apply(source, rows)
-
-
-class _Pad(torch.autograd.Function):
-    """Packed rows [T, ...] to padded positions [n * L, ...]; no gradient comes from the padding."""
-
-    @staticmethod
-    def forward(ctx: Any, packed: torch.Tensor, to_padded: torch.Tensor, to_packed: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(to_packed)
-        return packed.index_select(0, to_padded)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        return grads[0].index_select(0, ctx.saved_tensors[0]), None, None
-
-
-@lru_cache(maxsize=64)
-def _pad_indices(lengths: tuple[int, ...], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Packed row of each padded position [n * L], and padded position of each packed row [T].
-
-    Padded positions repeat their sequence's last row: finite values that no real query sees and no gradient reaches.
-    """
-    longest = max(lengths)
-    starts = torch.tensor([0, *lengths[:-1]]).cumsum(0)
-    steps = torch.arange(longest)
-    lasts = torch.tensor(lengths) - 1
-    to_padded = (starts[:, None] + torch.minimum(steps[None], lasts[:, None])).flatten()
-    to_packed = (steps[None] <= lasts[:, None]).flatten().nonzero()[:, 0]
-    return to_padded.to(device), to_packed.to(device)
-
-
 class PackedCausalAttention(nn.Module):
-    """Core attention over packed sequences: padded to [n, heads, L, d], one causal SDPA, packed again.
+    """Core attention over packed sequences, and their rotary embedding.
 
-    Padding is on the right, so the causal mask alone keeps it out of every real row.
+    The rotation is done here, on all packed tokens at once: Megatron's own takes the sequences one by one, in every
+    layer, and reads their lengths back from the device for it.
     """
 
     def __init__(self, config: Any, *_: Any, softmax_scale: float | None = None, **__: Any):
@@ -86,14 +40,8 @@ class PackedCausalAttention(nn.Module):
         packed_seq_params: Any,
         **_: Any,
     ) -> torch.Tensor:
-        """query [T, heads, d], key and value [T, groups, d], already rotated -> [T, heads * d]."""
-        lengths = tuple(packed_seq_params.cu_seqlens_q.diff().tolist())
-        to_padded, to_packed = _pad_indices(lengths, query.device)
-        q, k, v = (
-            _Pad.apply(x, to_padded, to_packed).unflatten(0, (len(lengths), -1)).transpose(1, 2)
-            for x in (query, key, value)
-        )
-        out = nn.functional.scaled_dot_product_attention(
-            q, k, v, is_causal=True, scale=self.scale, enable_gqa=q.shape[1] != k.shape[1]
-        )
-        return take_rows(out.transpose(1, 2).flatten(2).flatten(0, 1), to_packed)
+        """query [T, heads, d], key and value [T, groups, d], not rotated yet -> [T, heads * d]."""
+        layout: PackedLayout = packed_seq_params.layout
+        query, key = (apply_rope(x, layout.cos_T1D, layout.sin_T1D) for x in (query, key))
+        attend = attention_function(kernel_for(query.dtype, query.device, query.shape[-1]))
+        return attend(query, key, value, layout, self.scale).flatten(1)

@@ -1,6 +1,7 @@
 """The policy: a Megatron-core GPTModel with Megatron's DDP, optimizer, scheduler and pipeline schedule.
 
-The one file that imports Megatron. Every rank runs the same calls with the same samples (SPMD).
+The one file that imports Megatron. Every rank runs the same calls with the same samples (SPMD). Layers are Megatron's
+local ones; its Transformer Engine layers are not supported, and not used where that package is installed.
 """
 
 from __future__ import annotations
@@ -19,13 +20,15 @@ import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
+from draft_models.layers import RopeTable, rope_table
 from draft_models.types import DraftSample
 from rollout_engine.types import Sample
 from trainer import distributed, losses, megatron_names, megatron_settings, optimizer_resume, packing
 from trainer.config import AlgorithmConfig, ConfigError, PolicyConfig
 from trainer.hf_files import read_config, write_checkpoint
 from trainer.megatron_cpu import cuda_as_cpu
-from trainer.megatron_layers import PackedCausalAttention, RMSNorm, take_rows
+from trainer.megatron_layers import PackedCausalAttention, RMSNorm
+from trainer.policy_attention import PackedLayout, attention_name
 from trainer.policy_batch import (
     MicroBatch,
     Report,
@@ -37,13 +40,14 @@ from trainer.policy_batch import (
 )
 from trainer.policy_capture import (
     EMBEDS,
+    FINAL,
     CaptureSpec,
     StageRecorder,
     aux_name,
     choose_captured,
     draft_bytes_per_token,
 )
-from trainer.policy_layout import Axis, RankLayout
+from trainer.policy_layout import Axis, RankLayout, all_gather_cat
 from trainer.policy_weights import WeightMap, collect, load_weights
 from trainer.vocab_parallel import log_probs_and_entropy
 
@@ -71,6 +75,13 @@ with cuda_as_cpu(), warnings.catch_warnings():
     from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
     from megatron.core.transformer.transformer_config import TransformerConfig
     from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+
+
+@dataclasses.dataclass
+class PackedBatchParams(PackedSeqParams):
+    """What Megatron hands from the model to every layer's core attention."""
+
+    layout: PackedLayout | None = None
 
 
 class PolicyUpdateError(RuntimeError):
@@ -138,11 +149,15 @@ def _build_model(config: TransformerConfig, hf_config: Mapping[str, Any], layout
         max_sequence_length=hf_config["max_position_embeddings"],
         pre_process=layout.is_first_stage,
         post_process=layout.is_last_stage,
-        position_embedding_type="rope",
+        position_embedding_type="none",  # PackedCausalAttention rotates
         share_embeddings_and_output_weights=hf_config.get("tie_word_embeddings", False),
-        **megatron_settings.rope_settings(hf_config),
     )
     return model.to(layout.device)
+
+
+def _rope_table(config: TransformerConfig, hf_config: Mapping[str, Any], device: torch.device) -> RopeTable:
+    frequencies = megatron_settings.rope_frequencies(hf_config, config.kv_channels)
+    return rope_table(hf_config["max_position_embeddings"], frequencies, config.params_dtype, device)
 
 
 class MegatronPolicy:
@@ -177,6 +192,7 @@ class MegatronPolicy:
             self.layout,
         )
         self._num_updates = 0
+        self._rope = _rope_table(self.megatron_config, self.hf_config, device)
         self._model = self._load_model(self._hf_folder)
         self._reference: GPTModel | None = None
         if algorithm.use_kl_loss:
@@ -212,6 +228,12 @@ class MegatronPolicy:
     def draft_group(self) -> dist.ProcessGroup:
         """The ranks whose draft samples differ: this rank's data-parallel group."""
         return self.layout.dp.group
+
+    @property
+    def attention(self) -> str:
+        """The kernel that computes attention, for logs."""
+        config = self.megatron_config
+        return attention_name(config.params_dtype, self.layout.device, config.kv_channels)
 
     @property
     def hidden_size(self) -> int:
@@ -300,34 +322,29 @@ class MegatronPolicy:
         recorder: StageRecorder | None,
     ) -> tuple[torch.Tensor, Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, Report]]]:
         batch = next(batches)
-        ends = torch.tensor([0, *batch.lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
-        packed = PackedSeqParams(
-            qkv_format="thd",
-            cu_seqlens_q=ends,
-            cu_seqlens_kv=ends,
-            max_seqlen_q=max(batch.lengths),
-            max_seqlen_kv=max(batch.lengths),
-        )
+        packed = PackedBatchParams(qkv_format="thd", layout=self._packed_layout(batch))
         with recorder.recording(batch) if recorder else contextlib.nullcontext():
             output = model(batch.tokens_T[None], batch.positions_T[None], None, packed_seq_params=packed)
 
         def reduce_output(logits_1TV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, Report]:
-            if recorder:
-                recorder.keep_logits(logits_1TV[0], batch)
             loss, report = self._batch_loss(logits_1TV[0], batch, objective)
-            num_tokens = torch.tensor(report.num_tokens, dtype=torch.int, device=self.layout.device)
+            # `full` and not `tensor`: a copy from the CPU would wait for the forward
+            num_tokens = torch.full((), report.num_tokens, dtype=torch.int, device=self.layout.device)
             return loss, num_tokens, report
 
         return output, reduce_output
+
+    def _packed_layout(self, batch: MicroBatch) -> PackedLayout:
+        cos_1T1D, sin_1T1D = self._rope.at(batch.positions_T[None])
+        return PackedLayout(batch.lengths, batch.ends, cos_1T1D[0], sin_1T1D[0])
 
     def _batch_loss(
         self, logits_TV: torch.Tensor, batch: MicroBatch, objective: Callable[..., tuple[torch.Tensor, Report]]
     ) -> tuple[torch.Tensor, Report]:
         if not len(batch.targets_R):
             return logits_TV.sum() * 0.0, empty_report(self.layout.device)  # keeps the backward's collectives in step
-        logits_RV = take_rows(logits_TV, batch.rows_R)
         logp_R, entropy_R = log_probs_and_entropy(
-            logits_RV, batch.targets_R, batch.temperature_R, self.layout.vocab_group
+            logits_TV, batch.rows_R, batch.targets_R, batch.temperature_R, self.layout.vocab_group
         )
         return objective(batch, logp_R, entropy_R)
 
@@ -385,9 +402,7 @@ class MegatronPolicy:
         num_layers = self.megatron_config.num_layers
         if max(capture.aux_layer_ids) >= num_layers:
             raise ConfigError(f"draft.aux_layer_ids {capture.aux_layer_ids}: the policy has {num_layers} layers")
-        bytes_per_token = draft_bytes_per_token(
-            self.hidden_size, self.hf_config["vocab_size"], self.megatron_config.params_dtype.itemsize
-        )
+        bytes_per_token = draft_bytes_per_token(self.hidden_size, self.megatron_config.params_dtype.itemsize)
         indices = [i for batch in batches for i in batch.sample_indices]
         num_bytes = {i: bytes_per_token * sequence_length(samples[i]) for i in indices}
         offset = self._weight_map.layer_offset
@@ -395,13 +410,24 @@ class MegatronPolicy:
         modules = {aux_name(k): layers[k - offset] for k in capture.aux_layer_ids if 0 <= k - offset < len(layers)}
         if self._model.pre_process:
             modules[EMBEDS] = self._model.embedding
+        if self._model.post_process:
+            modules[FINAL] = self._model.decoder.final_layernorm
         return StageRecorder(
             modules=modules,
             hidden_size=self.hidden_size,
             chosen=choose_captured(num_bytes, capture.max_bytes, self._num_updates),
             layout=self.layout,
             sequence_parallel=self.megatron_config.sequence_parallel,
+            head_VH=self._head_copy() if self._model.post_process else None,
         )
+
+    def _head_copy(self) -> torch.Tensor:
+        """The whole output layer as it is now, [V, H]."""
+        part = self._model.output_layer.weight
+        if part is None:  # tied, and the embedding is on this stage
+            part = self._model.shared_embedding_or_output_weight()
+        part = part.detach()
+        return all_gather_cat(part, self.layout.tp.group, dim=0) if self.layout.vocab_group else part.clone()
 
     # ---- weights and state ----
 

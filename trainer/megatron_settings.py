@@ -8,12 +8,11 @@ from typing import Any
 
 import torch
 
+from draft_models.layers import inverse_frequencies, rope_parameters
 from trainer.config import ConfigError, PolicyConfig
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 SUPPORTED_MODEL_TYPES = ("qwen3", "qwen2", "llama")
-# the only scaling that Megatron-core's rotary embedding knows, with its constants (Llama 3)
-_LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
 
 def check_layout(config: PolicyConfig, vocab_size: int, world_size: int) -> None:
@@ -47,6 +46,8 @@ def config_fields(config: PolicyConfig, hf_config: Mapping[str, Any], known: Col
         "calculate_per_token_loss": True,  # the loss is a sum; finalize_model_grads divides by the global token count
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
+        "rotary_interleaved": False,  # the rotary embedding is ours, with the checkpoint's settings
+        "apply_rope_fusion": False,
         "variable_seq_lengths": config.pipeline_model_parallel_size > 1,  # packed micro-batches differ in length
     }
     _check_keys(config.megatron, owned, known)
@@ -116,21 +117,15 @@ def scheduler_fields(config: PolicyConfig, train_iters: int) -> dict[str, Any]:
     }
 
 
-def rope_settings(hf_config: Mapping[str, Any]) -> dict[str, Any]:
-    """GPTModel's rotary arguments. Raises ConfigError for a scaling that Megatron-core does not compute."""
-    # transformers 5 writes rope_parameters; earlier files carry rope_theta and rope_scaling
-    rope = {"rope_theta": hf_config.get("rope_theta", 10000.0), **(hf_config.get("rope_scaling") or {})}
-    rope |= hf_config.get("rope_parameters") or {}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    settings: dict[str, Any] = {"rotary_base": rope["rope_theta"]}
-    if kind == "default":
-        return settings
-    if kind == "llama3" and all(rope.get(key) == value for key, value in _LLAMA3_ROPE.items()):
-        return settings | {"rope_scaling": True, "rope_scaling_factor": rope["factor"]}
-    if kind == "llama3":
-        wrong = {key: rope.get(key) for key, value in _LLAMA3_ROPE.items() if rope.get(key) != value}
-        raise ConfigError(f"config.json: rope settings {wrong}: Megatron-core computes llama3 with {_LLAMA3_ROPE} only")
-    raise ConfigError(f"config.json: rope_type {kind!r} is not supported by Megatron-core; use default or llama3")
+def rope_frequencies(hf_config: Mapping[str, Any], head_dim: int) -> torch.Tensor:
+    """The rotary embedding's inverse frequencies, float32 [head_dim / 2]. Raises ConfigError for an unknown scaling."""
+    rope = rope_parameters(hf_config)
+    try:
+        return inverse_frequencies(rope["rope_theta"], head_dim, rope)
+    except ValueError as error:
+        raise ConfigError(f"config.json: {error}") from error
+    except KeyError as error:
+        raise ConfigError(f"config.json: rope settings of type {rope['rope_type']} lack {error}") from error
 
 
 def transformer_settings(hf_config: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 import torch.distributed as dist
@@ -32,6 +33,7 @@ class MicroBatch:
     sample_indices: tuple[int, ...]
     lengths: tuple[int, ...]
     num_responses: tuple[int, ...]  # response tokens of each sample
+    ends: torch.Tensor  # int32 [len(lengths) + 1]: 0, then one past each sequence
     tokens_T: torch.Tensor
     positions_T: torch.Tensor
     rows_R: torch.Tensor  # where the logits of each response token are
@@ -43,7 +45,7 @@ class MicroBatch:
     @property
     def spans(self) -> dict[int, tuple[int, int]]:
         """First and one-past-last row of each sample."""
-        ends = torch.tensor(self.lengths).cumsum(0).tolist()
+        ends = accumulate(self.lengths)
         return {i: (end - n, end) for i, end, n in zip(self.sample_indices, ends, self.lengths, strict=False)}
 
     def per_sample(self, values_R: torch.Tensor) -> dict[int, torch.Tensor]:
@@ -91,6 +93,7 @@ def make_micro_batch(
         sample_indices=tuple(indices),
         lengths=tuple(lengths),
         num_responses=counts,
+        ends=torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device),
         tokens_T=torch.tensor(tokens, device=device),
         positions_T=torch.tensor(positions, device=device),
         rows_R=torch.tensor(rows, dtype=torch.int64, device=device),

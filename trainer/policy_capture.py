@@ -20,7 +20,7 @@ from trainer.policy_batch import MicroBatch
 from trainer.policy_layout import RankLayout, all_gather_cat
 
 _GOLDEN = (math.sqrt(5) - 1) / 2
-EMBEDS, LOGITS = "embeds", "logits"
+EMBEDS, FINAL, TOKENS = "embeds", "final", "tokens"  # beside the captured layers; FINAL is what the output layer reads
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,16 +28,18 @@ class CaptureSpec:
     """What the draft needs from the policy's forward. Layer id k is the OUTPUT of decoder layer k, 0-based."""
 
     aux_layer_ids: tuple[int, int, int]
-    max_bytes: int  # on each data-parallel rank; samples beyond it are left out, and counted
+    # On each data-parallel rank; samples beyond it are left out, and counted. One copy of the output layer, which their
+    # logits are computed from, comes on top.
+    max_bytes: int
 
 
 def aux_name(layer_id: int) -> str:
     return f"aux.{layer_id}"
 
 
-def draft_bytes_per_token(hidden_size: int, vocab_size: int, element_bytes: int) -> int:
-    """Of a `DraftSample`: the id, its embedding row, three hidden states and the logits."""
-    return 8 + element_bytes * (4 * hidden_size + vocab_size)
+def draft_bytes_per_token(hidden_size: int, element_bytes: int) -> int:
+    """Of a `DraftSample`: the id, its embedding row, three hidden states and the output layer's input."""
+    return 8 + element_bytes * 5 * hidden_size
 
 
 def choose_captured(num_bytes: Mapping[int, int], max_bytes: int, turn: int) -> frozenset[int]:
@@ -69,6 +71,7 @@ class StageRecorder:
     chosen: frozenset[int]
     layout: RankLayout
     sequence_parallel: bool
+    head_VH: torch.Tensor | None = None  # the last stage's output layer, whole, as it was before the update
     rows: dict[str, dict[int, torch.Tensor]] = field(default_factory=dict)
     _spans: dict[int, tuple[int, int]] | None = None
 
@@ -85,6 +88,8 @@ class StageRecorder:
     def recording(self, batch: MicroBatch) -> Iterator[None]:
         """Around the model's forward only: a recomputed forward during backward must not be recorded again."""
         self._spans = {i: span for i, span in batch.spans.items() if i in self.chosen}
+        if self.layout.is_last_stage:
+            self._keep(TOKENS, batch.tokens_T)
         try:
             yield
         finally:
@@ -98,29 +103,23 @@ class StageRecorder:
             rows = hidden.detach()
             if self.sequence_parallel:
                 rows = all_gather_cat(rows, self.layout.tp.group, dim=0)
-            self._keep(name, rows[:, 0], self._spans)
+            self._keep(name, rows[:, 0])
 
         return record
 
-    def _keep(self, name: str, rows_TX: torch.Tensor, spans: Mapping[int, tuple[int, int]]) -> None:
-        kept = self.rows.setdefault(name, {})
-        for i, (start, end) in spans.items():
-            kept[i] = rows_TX[start:end].clone()  # a view would keep the whole activation alive
-
-    def keep_logits(self, logits_TV: torch.Tensor, batch: MicroBatch) -> None:
-        """Rows of the output layer, gathered over the tensor-parallel ranks to the whole vocabulary."""
-        for i, (start, end) in batch.spans.items():
-            if i in self.chosen:
-                part = logits_TV[start:end].detach()
-                if self.layout.vocab_group:
-                    part = all_gather_cat(part, self.layout.vocab_group, dim=-1)
-                self._keep(LOGITS, part, {i: (0, end - start)})
+    def _keep(self, name: str, rows_TX: torch.Tensor) -> None:
+        """Copies the chosen rows, in one block: a view of the source would keep the whole activation alive."""
+        if not self._spans:
+            return
+        block = torch.cat([rows_TX[start:end] for start, end in self._spans.values()])
+        parts = block.split([end - start for start, end in self._spans.values()])
+        self.rows.setdefault(name, {}).update(zip(self._spans, parts, strict=True))
 
     def bring_to_last_stage(self) -> None:
         """Sends what earlier pipeline stages recorded to the last one, one message a stage. Collective there."""
         group, pp = self.layout.pp.group, self.layout.pp
         names: list[list[str]] = [[] for _ in range(pp.size)]
-        dist.all_gather_object(names, [name for name in self.rows if name != LOGITS], group=group)
+        dist.all_gather_object(names, [name for name in self.rows if name not in (FINAL, TOKENS)], group=group)
         order = sorted(self.chosen)
         if not order:
             return
@@ -131,11 +130,11 @@ class StageRecorder:
             dist.send(torch.cat(blocks, dim=-1), group=group, group_dst=pp.size - 1)
 
     def _receive(self, names: Sequence[Sequence[str]], order: Sequence[int], group: dist.ProcessGroup) -> None:
-        lengths = [self.rows[LOGITS][i].shape[0] for i in order]
+        lengths = [self.rows[FINAL][i].shape[0] for i in order]
         for stage, stage_names in enumerate(names):
             if not stage_names:
                 continue
-            message = self.rows[LOGITS][order[0]].new_empty(sum(lengths), len(stage_names) * self.hidden_size)
+            message = self.rows[FINAL][order[0]].new_empty(sum(lengths), len(stage_names) * self.hidden_size)
             dist.recv(message, group=group, group_src=stage)
             for name, block in zip(stage_names, message.chunk(len(stage_names), dim=-1), strict=True):
                 self.rows[name] = dict(zip(order, block.split(lengths), strict=True))
@@ -154,14 +153,15 @@ class StageRecorder:
 
     def _draft_sample(self, sample: Sample, index: int, spec: CaptureSpec) -> DraftSample:
         request = sample.request
-        logits_TV = self.rows[LOGITS][index]
+        assert self.head_VH is not None
         return DraftSample(
             prompt_id=request.prompt_id,
             sample_id=request.sample_id,
-            token_ids=torch.tensor([*request.prompt_ids, *sample.token_ids], device=logits_TV.device),
+            token_ids=self.rows[TOKENS][index],
             embeds=self.rows[EMBEDS][index],
             aux_hidden=torch.cat([self.rows[aux_name(k)][index] for k in spec.aux_layer_ids], dim=-1),
-            target_logits=logits_TV,
+            target_hidden=self.rows[FINAL][index],
+            target_head=self.head_VH,
             prompt_len=len(request.prompt_ids),
             temperature=request.sampling.temperature,
             seed=request.sampling.seed,

@@ -1,0 +1,119 @@
+"""The draft's head, its loss and its acceptance figures, fused over pieces of the target rows.
+
+The logits of a draft are by far its largest tensor, [K, Q, R] for K unroll steps, and the target's [Q, V] come next.
+Both are made piece by piece, used for everything that needs them, the gradient included, and dropped.
+
+Axes: K unroll steps, Q target rows (as many as chains), c the rows of a piece, V target vocabulary, R draft vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from draft_models.chain_batch import DraftBatch
+from draft_models.forecast import EmittedTokens, posterior_at_temperature
+from draft_models.losses import compare, soft_target
+from draft_models.types import VerifyRule
+
+_PIECE_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 27}  # of [K, c, R]: within the CPU's cache; large products on a GPU
+NUM_FIGURES = 4  # KL, overlap, top1, agree
+
+
+@dataclass(frozen=True, slots=True)
+class HeadTask:
+    """What the logits of the chains are compared with."""
+
+    batch: DraftBatch
+    target_ids_R: Tensor | None
+    weight_KQ: Tensor  # of each KL in the loss; 0 where no chain is
+    rule: VerifyRule | None  # for the posterior
+    product_dtype: torch.dtype
+
+
+def head_loss(normed_KQH: Tensor, head_RH: Tensor, task: HeadTask) -> tuple[Tensor, Tensor, Tensor]:
+    """Weighted sum of KL over steps and rows; differentiable in the normed states and the head.
+
+    Args:
+        normed_KQH: what the head reads at step j for target row r, in [j, r]; anything finite where no chain is.
+        head_RH: the draft's output layer.
+
+    Returns:
+        the loss (scalar), and without gradient: figures [4, K, Q] (KL, overlap, top1, agree) and acceptance
+        posteriors [K, Q] (zero without a rule), both meaningless where no chain is.
+    """
+    wants_grad = torch.is_grad_enabled() and (normed_KQH.requires_grad or head_RH.requires_grad)
+    loss, figures, posterior = _HeadLoss.apply(normed_KQH, head_RH, task, wants_grad)
+    return loss, figures, posterior
+
+
+class _HeadLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, normed_KQH: Tensor, head_RH: Tensor, task: HeadTask, wants_grad: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        num_steps, num_rows, _ = normed_KQH.shape
+        temperature_Q1 = _loss_temperature(task.batch, normed_KQH.dtype)
+        # Scaling the input scales the logits, and is a pass over H instead of R numbers.
+        x_KQH = (normed_KQH / temperature_Q1).to(task.product_dtype)
+        head = head_RH.to(task.product_dtype)
+        figures = normed_KQH.new_empty(NUM_FIGURES, num_steps, num_rows)
+        posterior = normed_KQH.new_zeros(num_steps, num_rows)
+        grad_x = torch.empty_like(x_KQH) if wants_grad else x_KQH.new_empty(0)
+        grad_head = torch.zeros_like(head_RH) if wants_grad else head_RH.new_empty(0)
+        width = max(len(head), len(task.batch.target_head_VW))
+        piece = max(1, _PIECE_ELEMENTS[x_KQH.device.type] // (num_steps * width))
+        for start in range(0, num_rows, piece):
+            rows = slice(start, start + piece)
+            x_KcH = x_KQH[:, rows]
+            target_logits_cV = _target_logits(task.batch, rows, temperature_Q1)
+            logits_KcR = F.linear(x_KcH, head).to(normed_KQH.dtype)
+            if task.rule is not None:
+                posterior[:, rows] = _posterior(task, task.rule, rows, logits_KcR, target_logits_cV)
+            found = compare(logits_KcR, soft_target(target_logits_cV, task.target_ids_R))
+            figures[:, :, rows] = torch.stack((found.kl, found.overlap, found.top1, found.agree))
+            if wants_grad:
+                grad_logits = found.grad.mul_(task.weight_KQ[:, rows, None]).to(task.product_dtype)
+                grad_x[:, rows] = grad_logits @ head
+                grad_head += grad_logits.flatten(0, 1).t() @ x_KcH.flatten(0, 1)
+        ctx.save_for_backward((grad_x.to(normed_KQH.dtype) / temperature_Q1) if wants_grad else grad_x, grad_head)
+        ctx.mark_non_differentiable(figures, posterior)
+        weighted = torch.where(task.weight_KQ > 0, figures[0] * task.weight_KQ, 0.0)
+        return weighted.sum(), figures, posterior
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        grad_normed, grad_head = ctx.saved_tensors
+        return grads[0] * grad_normed, grads[0] * grad_head, None, None
+
+
+def _loss_temperature(batch: DraftBatch, dtype: torch.dtype) -> Tensor:
+    """[Q, 1]. Greedy samples are compared at temperature 1, whose soft labels say more than an argmax."""
+    temperature_Q1 = batch.temperature_B[batch.chain_sample_Q, None].to(dtype)
+    return torch.where(temperature_Q1 == 0, 1.0, temperature_Q1)
+
+
+def _target_logits(batch: DraftBatch, rows: slice, temperature_Q1: Tensor) -> Tensor:
+    """The target's logits [c, V] at the temperature, by the product that the target itself made of them."""
+    logits_cV = F.linear(batch.target_hidden_QW[rows], batch.target_head_VW)
+    return logits_cV.to(temperature_Q1.dtype).div_(temperature_Q1[rows])
+
+
+def _posterior(task: HeadTask, rule: VerifyRule, rows: slice, logits_KcR: Tensor, target_logits_cV: Tensor) -> Tensor:
+    batch, num_steps = task.batch, len(logits_KcR)
+    token_c, sample_c = batch.next_token_Q[rows], batch.chain_sample_Q[rows]
+    picked_c = target_logits_cV.gather(1, token_c[:, None])[:, 0]
+    position_c = batch.key_position_S.index_select(0, batch.chain_key_Q[rows]) + 2
+    emitted = EmittedTokens(
+        token_n=token_c.repeat(num_steps),
+        p_token_n=(picked_c - target_logits_cV.logsumexp(-1)).exp().repeat(num_steps),
+        seed_n=batch.seed_B[sample_c].repeat(num_steps),
+        position_n=position_c.repeat(num_steps),
+    )
+    is_greedy_n = (batch.temperature_B[sample_c] == 0).repeat(num_steps)
+    flat = posterior_at_temperature(rule, logits_KcR.flatten(0, 1), is_greedy_n, emitted, task.target_ids_R)
+    return flat.unflatten(0, (num_steps, -1))
