@@ -142,9 +142,8 @@ class Mappings:
     def __call__(self, source: Source) -> Sequence[torch.Tensor]:
         """The buckets that a message names. Raises SyncError when they are not to be found on this machine."""
         if source["key"] != self._key:
-            self._key, self._buckets = "", []
-            self._buckets = _import_cuda(source) if source["kind"] == "cuda" else _map_file(source)
-            self._key = source["key"]
+            buckets = _import_cuda(source) if source["kind"] == "cuda" else _map_file(source)
+            self._key, self._buckets = source["key"], buckets
         return self._buckets
 
 

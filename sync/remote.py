@@ -101,10 +101,10 @@ class RemoteTransport:
             source=self._carrier.put(bundle),
         )
         packed_s = time.perf_counter()
-        accepted = False
+        accepted, whole_version = False, self._version
         try:
             verdict = self._ask(message, partial(self._carrier.send, self._deliver))
-            self._check(bundle, verdict)
+            self._check(bundle, verdict, whole_version)
             accepted = True
         finally:
             self._carrier.settle(accepted)
@@ -144,14 +144,14 @@ class RemoteTransport:
         self._version, self._dirty = verdict.version, verdict.dirty
         return verdict
 
-    def _check(self, bundle: Bundle, verdict: Verdict) -> None:
+    def _check(self, bundle: Bundle, verdict: Verdict, whole_version: int) -> None:
         if verdict.error is not None:
             raise SyncError(verdict.error)
         if verdict.dirty or verdict.version != bundle.version:
             raise SyncError(f"sync of version {bundle.version}: not taken over by the engine; {self._serving()}")
         wrong = [name for name, sent in bundle.checksums.items() if verdict.checksums.get(name) != sent]
         if wrong:
-            self._dirty = True
+            self._version, self._dirty = whole_version, True
             raise SyncError(
                 f"sync of version {bundle.version}: the engine reads back other bytes than were sent: "
                 f"{join_faults(wrong)}; {self._serving()}"

@@ -1,4 +1,4 @@
-"""Models with the parameter names and layout of SGLang's, and an engine that hands them to the loader as SGLang does."""
+"""Models with the parameter names and layout of SGLang's, and an engine that calls the loader as SGLang does."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def make_policy(architecture: str = "Qwen3ForCausalLM", tied: bool = False) -> n
         shapes["lm_head.weight"] = [PADDED_VOCAB, HIDDEN]
     model = make_model(architecture, config(), shapes)
     if tied:
-        model.lm_head = model.model.embed_tokens  # type: ignore[union-attr]
+        model.lm_head = model.model.embed_tokens
     return model
 
 
@@ -91,9 +91,9 @@ def make_draft(policy: nn.Module, reduced: bool = True) -> nn.Module:
         "lm_head.weight": [DRAFT_VOCAB if reduced else PADDED_VOCAB, HIDDEN],
     }
     draft = make_model("LlamaForCausalLMEagle3", config(draft_vocab_size=draft_vocab), shapes)
-    draft.model.embed_tokens = nn.Module()  # type: ignore[union-attr]
-    draft.model.embed_tokens.weight = policy.model.embed_tokens.weight  # type: ignore[union-attr]
-    draft.hot_token_id = HOT_IDS.clone() if reduced else None  # type: ignore[assignment]
+    draft.model.embed_tokens = nn.Module()
+    draft.model.embed_tokens.weight = policy.model.embed_tokens.weight
+    draft.hot_token_id = HOT_IDS.clone() if reduced else None
     return draft
 
 
@@ -121,7 +121,7 @@ def checkpoint(model: nn.Module, seed: int) -> Weights:
     is_draft = type(model).__name__ == "LlamaForCausalLMEagle3"
     if is_draft:
         del shapes["model.embed_tokens.weight"]
-    vocab = model.config.draft_vocab_size if is_draft else VOCAB  # type: ignore[union-attr]
+    vocab = model.config.draft_vocab_size if is_draft else VOCAB
     named = checkpoint_shapes(shapes, int(vocab))
     if is_draft:
         named = {name.removeprefix("model.").replace("layers.0.", "midlayer."): s for name, s in named.items()}

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from sync import atomic, disk
-from sync.checksum import ROW_WORDS, checksum
+from sync.checksum import ROW_BYTES, ROW_WORDS, checksum, checksums
 from sync.plan import SyncError, make_plan
 from sync.publish import make_bundle, publish
 from sync.receiver import Bundle, WeightReceiver, find_faults
@@ -82,6 +82,36 @@ def test_checksum_is_of_the_values_not_of_the_memory_layout() -> None:
     buffer = torch.empty(large.numel() + 1)
     buffer[1:] = large.view(-1)  # begins in the middle of an 8-byte word
     assert checksum(buffer[1:].view_as(large)) == checksum(large)
+
+
+def awkward_tensors() -> dict[str, torch.Tensor]:
+    """Every kind of tail, alignment, layout and size that the batched checksum treats apart."""
+    generator = torch.Generator().manual_seed(1)
+    sizes = (0, 1, 7, 8, 9, 1023, ROW_BYTES - 1, ROW_BYTES, ROW_BYTES + 1, 2 * ROW_BYTES, 20005)
+    tensors = {
+        f"bytes_{size}": torch.randint(0, 256, (size,), generator=generator, dtype=torch.uint8) for size in sizes
+    }
+    return tensors | {
+        "scalar": torch.tensor(3.0),
+        "bool": torch.rand(100, generator=generator) > 0.5,
+        "odd start": torch.randn(9000, generator=generator).bfloat16()[1:8000],
+        "strided": torch.randn(80, 90, generator=generator)[:, 3:70].t(),
+        "parameter": torch.nn.Parameter(torch.randn(300, 300, generator=generator)),
+    }
+
+
+def test_batched_checksums_are_those_of_each_tensor() -> None:
+    tensors = awkward_tensors()
+    assert checksums(tensors) == {name: checksum(tensor) for name, tensor in tensors.items()}
+    assert checksums({}) == {}
+
+
+def test_batched_checksums_see_every_flipped_bit_of_a_tail() -> None:
+    tensors = {"a": torch.randn(5000), "b": torch.zeros(3, dtype=torch.uint8), "c": torch.randn(2048)}
+    before = checksums(tensors)
+    for byte in range(3):
+        after = checksums(tensors | {"b": flip_byte(tensors["b"], byte)})
+        assert after["b"] != before["b"] and after == before | {"b": after["b"]}
 
 
 # --- plan -----------------------------------------------------------------------------------------------------------
