@@ -79,7 +79,8 @@ class BroadcastCarrier:
 
     def send(self, deliver: Deliver, payload: bytes) -> None:
         """Broadcast while the engine handles the message; its verdict says whether the bytes arrived."""
-        self._part = threading.Thread(target=self._broadcast, name="slipstream-broadcast", daemon=True)
+        arguments = (self._store, self._buckets)
+        self._part = threading.Thread(target=self._broadcast, args=arguments, name="slipstream-broadcast", daemon=True)
         self._part.start()
         deliver(payload)
         self._part.join(_GRACE_S)
@@ -92,16 +93,15 @@ class BroadcastCarrier:
 
     def close(self) -> None:
         if self._part is not None:
-            self._part.join()
+            self._part.join(_GRACE_S)  # one that still waits for an engine that is gone ends by its timeout
         self._group, self._store, self._buckets = None, None, []
 
-    def _broadcast(self) -> None:
+    def _broadcast(self, store: distributed.Store, buckets: Sequence[torch.Tensor]) -> None:
         try:
             if self._group is None:
-                backend = "nccl" if self._buckets[0].is_cuda else "gloo"
-                assert self._store is not None
-                self._group = _join(self._store, self._group_id, TRAINER, backend, self._timeout_s)
-            _broadcast_all(self._group, self._buckets)
+                backend = "nccl" if buckets[0].is_cuda else "gloo"
+                self._group = _join(store, self._group_id, TRAINER, backend, self._timeout_s)
+            _broadcast_all(self._group, buckets)
         except RuntimeError as error:  # the engine's verdict tells what it lacks; this says why
             _LOG.warning("broadcast to the engine broke off: %s", error)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import multiprocessing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
@@ -14,12 +14,15 @@ from torch import nn
 
 from sync import loader
 from sync.plan import SyncError
+from sync.publish import Transport, publish
+from sync.receiver import Bundle
 
 VOCAB, PADDED_VOCAB, DRAFT_VOCAB = 70, 128, 64
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM, INTERMEDIATE, LAYERS = 16, 4, 2, 8, 24, 2
 HOT_IDS = torch.arange(DRAFT_VOCAB) + (torch.arange(DRAFT_VOCAB) > 30) * 5
 
 Weights = dict[str, torch.Tensor]
+Models = tuple[nn.Module, nn.Module]  # policy and draft
 
 
 def config(**changes: Any) -> SimpleNamespace:
@@ -159,26 +162,55 @@ def assert_holds(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
         assert torch.equal(found[name][: len(values)], values), name
 
 
-def hand_over(models: Sequence[nn.Module], payload: bytes) -> None:
-    """One update request of SGLang's: the loader is called for each model with the same list."""
-    named_tensors = [("slipstream", torch.frombuffer(bytearray(payload), dtype=torch.uint8))]
+def assert_engine_holds(engine: EngineProcess, models: Models, seed: int) -> None:
+    policy, draft = models
+    draft_state, policy_state = engine.weights()
+    policy.load_state_dict(policy_state)
+    draft.load_state_dict(draft_state)
+    assert_holds(policy, checkpoint(policy, seed))
+    assert_holds(draft, checkpoint(draft, seed + 1000))
+
+
+def publish_seed(transport: Transport, models: Models, seed: int, version: int) -> None:
+    policy, draft = models
+    publish(checkpoint(policy, seed), checkpoint(draft, seed + 1000), transport, version)
+
+
+def flip_a_bit_after(put: Callable[[Bundle], Any], bucket: Callable[[], torch.Tensor]) -> Callable[[Bundle], Any]:
+    """A carrier's `put` after which one bit of a bucket is another."""
+
+    def put_and_flip(bundle: Bundle) -> Any:
+        source = put(bundle)
+        bucket()[100] ^= 1
+        return source
+
+    return put_and_flip
+
+
+def hand_over(models: Sequence[nn.Module], payload: bytes, device: str = "cpu") -> None:
+    """One update request of SGLang's: the loader is called for each model with the same list, on its device."""
+    named_tensors = [("slipstream", torch.frombuffer(bytearray(payload), dtype=torch.uint8).to(device))]
     for model in models:
         loader.load(model, named_tensors)
 
 
-def _serve(connection: Any, architecture: str) -> None:
+def _serve(connection: Any, architecture: str, device: str) -> None:
     torch.manual_seed(0)
     torch.set_num_threads(1)
     policy = make_policy(architecture)
     draft = make_draft(policy)
+    models = [draft.to(device), policy.to(device)]
     while (payload := connection.recv()) is not None:
-        if payload == b"dump":
+        answer = b""
+        if payload == b"weights":
             buffer = io.BytesIO()
-            torch.save([dict(model.state_dict()) for model in (draft, policy)], buffer)
-            connection.send(buffer.getvalue())
+            torch.save([{name: t.cpu() for name, t in model.state_dict().items()} for model in models], buffer)
+            answer = buffer.getvalue()
+        elif payload == b"mapped":
+            answer = repr([bucket.data_ptr() for bucket in loader._state.mappings._buckets]).encode()
         else:
-            hand_over([draft, policy], payload)
-            connection.send(b"")
+            hand_over(models, payload, device)
+        connection.send(answer)
 
 
 class EngineProcess:
@@ -188,17 +220,24 @@ class EngineProcess:
         self._connection, self._process = connection, process
 
     def deliver(self, payload: bytes) -> None:
-        try:
-            self._connection.send(payload)
-            self._connection.recv()
-        except (EOFError, BrokenPipeError) as error:
-            raise SyncError("the engine is dead") from error
+        self._request(payload)
 
     def weights(self) -> list[Weights]:
-        """State dicts of draft and policy."""
-        self._connection.send(b"dump")
-        dumped: list[Weights] = torch.load(io.BytesIO(self._connection.recv()))
+        """State dicts of draft and policy, on the CPU."""
+        dumped: list[Weights] = torch.load(io.BytesIO(self._request(b"weights")))
         return dumped
+
+    def mapped(self) -> str:
+        """Where the trainer's buckets lie in the engine's address space."""
+        return self._request(b"mapped").decode()
+
+    def _request(self, payload: bytes) -> bytes:
+        try:
+            self._connection.send(payload)
+            answer: bytes = self._connection.recv()
+        except (EOFError, OSError) as error:
+            raise SyncError("the engine is dead") from error
+        return answer
 
     def kill(self) -> None:
         self._process.kill()
@@ -212,10 +251,10 @@ class EngineProcess:
 
 
 @contextmanager
-def engine_process(architecture: str = "Qwen3ForCausalLM") -> Iterator[EngineProcess]:
+def engine_process(architecture: str = "Qwen3ForCausalLM", device: str = "cpu") -> Iterator[EngineProcess]:
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
-    process = context.Process(target=_serve, args=(theirs, architecture), daemon=True)
+    process = context.Process(target=_serve, args=(theirs, architecture, device), daemon=True)
     process.start()
     theirs.close()
     engine = EngineProcess(ours, process)

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from sync import atomic, disk
+from sync.buckets import bucket_sizes_bytes, bucket_views, pack
 from sync.checksum import ROW_BYTES, ROW_WORDS, checksum, checksums
 from sync.plan import SyncError, make_plan
 from sync.publish import make_bundle, publish
@@ -131,6 +132,18 @@ def test_buckets_hold_every_tensor_once_within_their_size() -> None:
     assert list(buckets) == list(range(len(buckets))) and len(buckets) > 2
     assert tuple(spec for specs in buckets.values() for spec in specs) == plan.tensors
     assert all(len(specs) == 1 or sum(s.num_bytes for s in specs) <= 5000 for specs in buckets.values())
+
+
+def test_flat_buckets_give_every_tensor_back() -> None:
+    weights = weights_at(0)
+    plan = make_plan(weights, bucket_bytes=5000)
+    sizes = bucket_sizes_bytes(plan)
+    assert len(sizes) > 2
+    buckets = [torch.zeros(size, dtype=torch.uint8) for size in sizes]
+    views = bucket_views(plan, buckets)
+    pack(views, {**weights, MLP: weights[MLP].t().contiguous().t()})  # not contiguous
+    assert same_bits(views, weights)
+    assert same_bits(bucket_views(plan, [bucket.clone() for bucket in buckets]), weights)
 
 
 def test_a_name_without_its_model_is_refused() -> None:

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
 from sync.plan import SyncError
 from sync.publish import publish
 from sync.remote import KINDS, connect
 from tests.sync_engine_helpers import (
     EngineProcess,
-    assert_holds,
+    Models,
+    assert_engine_holds,
     checkpoint,
     engine_process,
+    flip_a_bit_after,
     make_draft,
     make_policy,
+    publish_seed,
 )
 
 ROLES = ("policy", "draft")
@@ -31,43 +32,30 @@ def engine() -> Iterator[EngineProcess]:
 
 
 @pytest.fixture
-def models() -> tuple[torch.nn.Module, torch.nn.Module]:
+def models() -> Models:
     policy = make_policy()
     return policy, make_draft(policy)
 
 
-def assert_engine_holds(engine: EngineProcess, models: tuple[torch.nn.Module, torch.nn.Module], seed: int) -> None:
-    policy, draft = models
-    draft_state, policy_state = engine.weights()
-    policy.load_state_dict(policy_state)
-    draft.load_state_dict(draft_state)
-    assert_holds(policy, checkpoint(policy, seed))
-    assert_holds(draft, checkpoint(draft, seed + 1000))
-
-
-def publish_seed(transport: object, models: tuple[torch.nn.Module, torch.nn.Module], seed: int, version: int) -> None:
-    policy, draft = models
-    publish(checkpoint(policy, seed), checkpoint(draft, seed + 1000), transport, version)
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_versions_arrive_bitwise_one_after_another(
-    kind: str, engine: EngineProcess, models: tuple[torch.nn.Module, torch.nn.Module], tmp_path: Path
+    kind: str, engine: EngineProcess, models: Models, tmp_path: Path
 ) -> None:
     transport = connect(kind, engine.deliver, ROLES, tmp_path, host="127.0.0.1")
     assert (transport.version, transport.dirty) == (-1, True)
+    mapped = set()
     for version in (1, 2, 5):
         publish_seed(transport, models, seed=version, version=version)
         assert (transport.version, transport.dirty) == (version, False)
         assert_engine_holds(engine, models, version)
+        mapped.add(engine.mapped())
+    assert len(mapped) == 1, "what was mapped for the first version serves the next"
     transport.close()
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == [], "nothing is left behind"
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_another_attach_forgets_the_version(
-    kind: str, engine: EngineProcess, models: tuple[torch.nn.Module, torch.nn.Module], tmp_path: Path
-) -> None:
+def test_another_attach_forgets_the_version(kind: str, engine: EngineProcess, models: Models, tmp_path: Path) -> None:
     transport = connect(kind, engine.deliver, ROLES, tmp_path, host="127.0.0.1")
     publish_seed(transport, models, seed=7, version=7)
     transport.attach()
@@ -75,3 +63,51 @@ def test_another_attach_forgets_the_version(
     publish_seed(transport, models, seed=8, version=7)
     assert_engine_holds(engine, models, 8)
     transport.close()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_refused_version_leaves_the_old_one_and_the_next_arrives(
+    kind: str, engine: EngineProcess, models: Models, tmp_path: Path
+) -> None:
+    transport = connect(kind, engine.deliver, ROLES, tmp_path, host="127.0.0.1")
+    publish_seed(transport, models, seed=3, version=3)
+    policy, draft = checkpoint(models[0], 4), checkpoint(models[1], 1004)
+    with pytest.raises(SyncError, match=r"draft\.d2t is not the engine's.*; version 3 serves on"):
+        publish(policy, draft | {"d2t": draft["d2t"] + 1}, transport, 4)
+    assert (transport.version, transport.dirty) == (3, False)
+    assert_engine_holds(engine, models, 3)
+    publish_seed(transport, models, seed=5, version=5)
+    assert_engine_holds(engine, models, 5)
+    transport.close()
+
+
+@pytest.mark.parametrize("kind", ["ipc", "broadcast"])
+def test_bytes_that_change_on_the_way_are_refused_by_name(
+    kind: str, engine: EngineProcess, models: Models, tmp_path: Path
+) -> None:
+    transport = connect(kind, engine.deliver, ROLES, tmp_path, host="127.0.0.1")
+    publish_seed(transport, models, seed=3, version=3)
+    transport._carrier.put = flip_a_bit_after(transport._carrier.put, lambda: transport._carrier.buckets[0])
+    first = transport.plan.tensors[0].full_name
+    with pytest.raises(SyncError, match=f"{first} was changed on the way .*; version 3 serves on"):
+        publish_seed(transport, models, seed=4, version=4)
+    assert_engine_holds(engine, models, 3)
+    transport.close()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_killed_engine_is_an_error_for_whoever_sends(kind: str, models: Models, tmp_path: Path) -> None:
+    with engine_process() as mortal:
+        transport = connect(kind, mortal.deliver, ROLES, tmp_path, host="127.0.0.1")
+        transport._carrier._timeout_s = 2.0  # a broadcast without an engine ends by this
+        mortal.kill()
+        with pytest.raises(SyncError, match="the engine is dead"):
+            publish_seed(transport, models, seed=1, version=1)
+        assert transport.dirty
+        transport.close()
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+def test_an_unknown_transport_is_named(tmp_path: Path) -> None:
+    with pytest.raises(SyncError, match=r"sync_transport is 'pigeon': choose one of ipc, disk, broadcast"):
+        connect("pigeon", lambda payload: None, ROLES, tmp_path)
