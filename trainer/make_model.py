@@ -7,6 +7,7 @@ draft can follow: a synthetic subject for speed measurements, and labelled so in
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -38,14 +39,17 @@ CHAT_TEMPLATE = (
     "{% else %}{{ message.content | trim + '\\n' }}{% endif %}"
     "{% endfor %}"
 )
-MIN_CONTEXT = 128  # the longest prompt and its answer have about 100 tokens
 _VOCAB_MULTIPLE = 64  # so that the vocabulary divides over any small tensor-parallel size
 _BUCKET_BATCHES = 8  # batches drawn together and sorted by length, so that little of a batch is padding
 
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """Sizes of one preset. Layers >= 7, so that SGLang's default capture layers are three distinct ones."""
+    """Sizes of one preset. Layers >= 7, so that SGLang's default capture layers are three distinct ones.
+
+    `100m-deep` has the 28 layers of Qwen3-0.6B: a small model's decode step is bound by kernel launches, which go by
+    layers.
+    """
 
     hidden_size: int
     num_layers: int
@@ -60,6 +64,7 @@ PRESETS = {
     "10m": Shape(320, 8, 10, 2, 32, 896),
     "30m": Shape(512, 10, 8, 4, 64, 1408),
     "100m": Shape(768, 16, 12, 4, 64, 2112),
+    "100m-deep": Shape(512, 28, 8, 4, 64, 1536),
     "300m": Shape(1024, 24, 16, 8, 64, 3072),
 }
 
@@ -79,6 +84,7 @@ class MakeModelConfig:
     warm_start_steps: int = 0
     warm_start_s: float = 0.0  # > 0: stop after these seconds instead of after a number of steps
     batch_size: int = 32
+    batch_tokens: int | None = None  # padded tokens of a batch, instead of `batch_size` rows: for long-tailed answers
     lr: float = 3e-3
     eps_residual: float = 1.0  # scale of o_proj and down_proj in layers >= 2
     embed_scale: float = 1.0  # scale of the embedding: larger, and the residual branches weigh less against it
@@ -92,13 +98,19 @@ class WarmStartProgress:
     step: int
     loss: float  # mean negative log-likelihood per answer token, nats
     elapsed_s: float
+    tokens: int  # of prompts and answers so far, padding left out
 
 
 Report = Callable[[WarmStartProgress], None]
 
 
-def make_model(config: MakeModelConfig, report: Report = lambda progress: None) -> Path:
+def make_model(
+    config: MakeModelConfig, report: Report = lambda progress: None, *, device: str = "cpu", num_workers: int = 0
+) -> Path:
     """Write the folder (weights, config, tokenizer, train.jsonl, eval.jsonl, README.md) and return its path.
+
+    The warm start runs on `device`, on CUDA in bfloat16 with float32 weights; `num_workers` processes prepare its
+    batches.
 
     Everything is written aside and renamed, so a folder that exists is whole. `ConfigError`: an unknown size,
     task or architecture, or a folder that exists already.
@@ -110,7 +122,8 @@ def make_model(config: MakeModelConfig, report: Report = lambda progress: None) 
         torch.manual_seed(config.seed)
         model = build(config, tokenizer)
         if config.warm_start_steps or config.warm_start_s:
-            warm_start(model, tokenizer, task, config, report)
+            warm_start(model.to(device), tokenizer, task, config, report, num_workers=num_workers)
+            model.cpu()
     config.out.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(prefix=f".{config.out.name}-", dir=config.out.parent))
     try:
@@ -132,7 +145,7 @@ def check(config: MakeModelConfig) -> None:
         raise ConfigError(
             f"--model-type {config.model_type!r} is unknown{nearest(config.model_type, MODEL_TYPES)}; types: {known}"
         )
-    get_task(config.task)
+    task = get_task(config.task)
     if config.out.exists():
         raise ConfigError(f"--out {config.out} exists already; choose another folder or remove it")
     for flag, value in (("--warm-start-steps", config.warm_start_steps), ("--warm-start-seconds", config.warm_start_s)):
@@ -141,9 +154,10 @@ def check(config: MakeModelConfig) -> None:
     for flag in ("eps_residual", "embed_scale", "logit_scale"):
         if not 0 < getattr(config, flag) < math.inf:
             raise ConfigError(f"--{flag.replace('_', '-')} {getattr(config, flag)} must be a positive number")
-    if config.context_length < MIN_CONTEXT:
+    if config.context_length < task.min_context:
         raise ConfigError(
-            f"--context-length {config.context_length} does not hold the tasks' prompts; at least {MIN_CONTEXT}"
+            f"--context-length {config.context_length} does not hold the prompts and answers of the task {task.name}; "
+            f"at least {task.min_context}"
         )
     if config.warm_start_steps and config.warm_start_s:
         raise ConfigError("--warm-start-steps and --warm-start-seconds exclude each other; give one")
@@ -208,26 +222,41 @@ def warm_start(
     task: Task,
     config: MakeModelConfig,
     report: Report = lambda progress: None,
+    *,
+    num_workers: int = 0,
 ) -> None:
     """Imitate the task's demonstrations (with their mistakes); the loss is on the answer and its end token."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, betas=(0.9, 0.95), weight_decay=0.01)
-    start = time.perf_counter()
+    on_cuda = model.device.type == "cuda"
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=config.lr, betas=(0.9, 0.95), weight_decay=0.01, fused=on_cuda or None
+    )
+    start, num_tokens = time.perf_counter(), 0
     model.train()
-    for step, (input_ids_BT, labels_BT) in enumerate(_batches(tokenizer, task, config)):
+    for step, batch in enumerate(_batches(Pools(tokenizer, task, config), num_workers)):
         elapsed_s = time.perf_counter() - start
         done = elapsed_s / config.warm_start_s if config.warm_start_s else step / config.warm_start_steps
         if done >= 1:
             break
         for group in optimizer.param_groups:
             group["lr"] = config.lr * _schedule(step, done)
-        logits_BTV = model(input_ids=input_ids_BT).logits
-        loss = F.cross_entropy(logits_BTV[:, :-1].flatten(0, 1), labels_BT[:, 1:].flatten(), ignore_index=-100)
+        with torch.autocast("cuda", torch.bfloat16, enabled=on_cuda):
+            loss = _answer_loss(model, batch)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        report(WarmStartProgress(step + 1, loss.item(), elapsed_s))
+        num_tokens += batch.num_tokens
+        report(WarmStartProgress(step + 1, loss.item(), elapsed_s, num_tokens))
     model.eval()
+
+
+def _answer_loss(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
+    """Mean negative log-likelihood of the answers' tokens, nats. The head runs only where an answer's token follows."""
+    input_ids_BT, labels_BT = batch.input_ids_BT.to(model.device), batch.labels_BT.to(model.device)
+    hidden_BTH = model.model(input_ids=input_ids_BT, use_cache=False).last_hidden_state[:, :-1]
+    is_scored_BT = labels_BT[:, 1:] != -100
+    logits_NV = model.lm_head(hidden_BTH[is_scored_BT])
+    return F.cross_entropy(logits_NV.float(), labels_BT[:, 1:][is_scored_BT])
 
 
 def _schedule(step: int, done: float) -> float:
@@ -235,37 +264,75 @@ def _schedule(step: int, done: float) -> float:
     return min(1.0, (step + 1) / 30) * (1.0 - 0.9 * done)
 
 
-def _batches(
-    tokenizer: PreTrainedTokenizerFast, task: Task, config: MakeModelConfig
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Endless ([B, T] token ids, [B, T] labels, -100 where there is no loss), right-padded, of similar lengths.
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Right-padded rows of similar lengths. No attention mask: padding stands behind everything that is scored."""
 
-    No attention mask is needed: padding stands behind everything that is scored.
-    """
-    row = WARM_START_START
-    rng = Random(config.seed)
-    while True:
-        pool = []
-        for _ in range(_BUCKET_BATCHES * config.batch_size):
-            prompt, response = task.demonstration(config.seed, row)
-            prompt_ids = tokenizer.encode(prompt)
-            pool.append((prompt_ids, [*tokenizer.encode(response), tokenizer.eos_token_id]))
-            row += 1
-        pool.sort(key=lambda pair: len(pair[0]) + len(pair[1]))
-        starts = list(range(0, len(pool), config.batch_size))
-        rng.shuffle(starts)
-        for start in starts:
-            yield _pad(pool[start : start + config.batch_size], tokenizer.pad_token_id)
+    input_ids_BT: torch.Tensor
+    labels_BT: torch.Tensor  # -100 where there is no loss
+    num_tokens: int  # padding left out
 
 
-def _pad(rows: list[tuple[list[int], list[int]]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
-    width = max(len(prompt) + len(answer) for prompt, answer in rows)
+class Pools(torch.utils.data.Dataset[list[Batch]]):
+    """Item i: some batches' worth of demonstrations, sorted by length so that little of a batch is padding."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, task: Task, config: MakeModelConfig) -> None:
+        self._tokenizer, self._task, self._config = tokenizer, task, config
+        self.seed = config.seed
+
+    def __getitem__(self, number: int) -> list[Batch]:
+        size = _BUCKET_BATCHES * self._config.batch_size
+        first = WARM_START_START + number * size
+        prompts, responses = zip(
+            *(self._task.demonstration(self.seed, row) for row in range(first, first + size)), strict=True
+        )
+        eos = self._tokenizer.eos_token_id
+        answers = [[*ids, eos] for ids in self._tokenizer(list(responses))["input_ids"]]
+        rows = sorted(zip(self._tokenizer(list(prompts))["input_ids"], answers, strict=True), key=_row_length)
+        return [_pad(part, self._tokenizer.pad_token_id) for part in _parts(rows, self._config)]
+
+
+def _row_length(row: tuple[list[int], list[int]]) -> int:
+    return len(row[0]) + len(row[1])
+
+
+def _parts(
+    rows: list[tuple[list[int], list[int]]], config: MakeModelConfig
+) -> Iterator[list[tuple[list[int], list[int]]]]:
+    """Cut rows of ascending length into batches: so many rows, or as many as `batch_tokens` hold (at least one)."""
+    part: list[tuple[list[int], list[int]]] = []
+    for row in rows:
+        if config.batch_tokens is None:
+            is_full = len(part) == config.batch_size
+        else:
+            is_full = (len(part) + 1) * _row_length(row) > config.batch_tokens
+        if part and is_full:
+            yield part
+            part = []
+        part.append(row)
+    yield part
+
+
+def _batches(pools: Pools, num_workers: int) -> Iterator[Batch]:
+    """Endless batches, the pools one after another, the batches of a pool in an order from the seed."""
+    rng = Random(pools.seed)
+    loader = torch.utils.data.DataLoader(
+        pools, batch_size=None, sampler=itertools.count(), num_workers=num_workers, generator=torch.Generator()
+    )
+    for pool in loader:
+        batches = list(pool)
+        rng.shuffle(batches)
+        yield from batches
+
+
+def _pad(rows: list[tuple[list[int], list[int]]], pad_id: int) -> Batch:
+    width = max(map(_row_length, rows))
     ids, labels = [], []
     for prompt, answer in rows:
         fill = width - len(prompt) - len(answer)
         ids.append(prompt + answer + [pad_id] * fill)
         labels.append([-100] * len(prompt) + answer + [-100] * fill)
-    return torch.tensor(ids), torch.tensor(labels)
+    return Batch(torch.tensor(ids), torch.tensor(labels), sum(map(_row_length, rows)))
 
 
 def _write(
@@ -295,8 +362,8 @@ def write_prompts(path: Path, task: Task, seed: int, start: int, count: int) -> 
 
 
 def provenance(config: MakeModelConfig) -> dict[str, Any]:
-    """How a model was made, as its config.json says under "slipstream"; enough to make it again."""
-    made_by = {key: value for key, value in asdict(config).items() if key != "out"}
+    """How a model was made, as its config.json says under "slipstream"; enough to make it again on a like machine."""
+    made_by = {key: value for key, value in asdict(config).items() if key != "out" and value is not None}
     return {**made_by, "synthetic": config.eps_residual != 1.0 or not (config.warm_start_steps or config.warm_start_s)}
 
 

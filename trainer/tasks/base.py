@@ -15,14 +15,14 @@ WARM_START_START = 1 << 41
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """A prompt, ending in a newline, and the words of its one right answer."""
+    """A prompt, ending in a newline, and the words of its right answer (of one of them, where there are many)."""
 
     prompt: str
     answer: tuple[str, ...]
 
     @property
     def label(self) -> str:
-        """What the exact-match reward compares the stripped response with."""
+        """What the reward gets beside the response: for exact match, what the stripped response has to be."""
         return " ".join(self.answer)
 
 
@@ -30,15 +30,18 @@ class Problem:
 class Task:
     """A verifiable task with long-tailed answer lengths.
 
-    `mistake_rate` is the chance, word by word, that a demonstration of the warm start goes wrong there. A
-    policy that imitates such demonstrations is uncertain everywhere, as a real pretrained model is, and
-    reinforcement learning has something to remove.
+    `mistake_rate` is the chance, word by word, that a demonstration of the warm start goes wrong there, and
+    `add_mistakes` is how. A policy that imitates such demonstrations is uncertain everywhere, as a real pretrained
+    model is, and reinforcement learning has something to remove.
     """
 
     name: str
     summary: str
     draw: Callable[[Random], Problem]
     mistake_rate: float = 0.08
+    add_mistakes: Callable[[Random, Sequence[str], float], tuple[str, ...]] | None = None  # None: `with_mistakes`
+    reward: str = "exact"  # `data.reward` of a run on this task
+    min_context: int = 128  # positions that hold its longest prompt and answer
 
     def problem(self, seed: int, index: int) -> Problem:
         """The problem of row `index`; the same for ever."""
@@ -47,7 +50,8 @@ class Task:
     def demonstration(self, seed: int, index: int) -> tuple[str, str]:
         """(prompt, response) to imitate: the right answer, or one with mistakes, each word led by a space."""
         problem = self.problem(seed, index)
-        words = with_mistakes(Random(f"{self.name}/{seed}/{index}/mistakes"), problem.answer, self.mistake_rate)
+        add_mistakes = self.add_mistakes or with_mistakes
+        words = add_mistakes(Random(f"{self.name}/{seed}/{index}/mistakes"), problem.answer, self.mistake_rate)
         return problem.prompt, response_text(words)
 
 

@@ -1,0 +1,286 @@
+"""The main experiment's analysis on constructed runs, and the whole command in miniature, cut off and continued."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from benchmarks import rl_on_gpu, rl_on_gpu_arms, rl_on_gpu_report, rl_on_gpu_start
+from benchmarks.rl_on_gpu_analysis import (
+    Response,
+    RunRecord,
+    StepRecord,
+    Stretch,
+    bucket_speeds,
+    by_bucket,
+    catch_up,
+    draft_share,
+    mean_reward,
+    phase_medians_s,
+    reward_test,
+    speedup,
+    stretches,
+    sync_speed,
+)
+from benchmarks.rl_on_gpu_arms import ARMS, REHEARSAL, Place
+from trainer import make_model as make_model_module
+from trainer.config import ConfigError
+from trainer.make_model import Shape
+
+
+def response(finish_s: float, tokens: int, forwards: int, reward: float = 0.0, prompt_id: int = 0) -> Response:
+    return Response(prompt_id, finish_s, tokens, forwards, reward)
+
+
+def decoded(lengths: list[int], step_s: list[float], tokens_per_forward: int = 1, reward: float = 0.0) -> StepRecord:
+    """A rollout in lockstep: with n requests live, a forward takes step_s[n - 1] seconds."""
+    responses, time_s, done = [], 0.0, 0
+    for i, forwards in enumerate(sorted(lengths)):
+        time_s += (forwards - done) * step_s[len(lengths) - i - 1]
+        done = forwards
+        responses.append(response(time_s, forwards * tokens_per_forward, forwards, reward, i))
+    return StepRecord({"time_rollout_s": time_s}, tuple(responses), 0.5)
+
+
+def record(arm: str, steps: list[StepRecord], seed: int = 0, **about) -> RunRecord:
+    return RunRecord(arm, seed, tuple(steps), about)
+
+
+# ---- live batches ----
+
+
+def test_stretches_recover_the_step_time_of_each_batch_size():
+    step = decoded([10, 30, 60], [0.01, 0.02, 0.04])
+    assert [part.live for part in stretches(step.responses)] == [3, 2, 1]
+    for part, step_s in zip(stretches(step.responses), [0.04, 0.02, 0.01], strict=True):
+        assert part.seconds / part.forwards == pytest.approx(step_s)
+        assert part.tokens == pytest.approx(part.request_forwards)  # one token a request and forward
+
+
+def test_stretches_lose_no_token_and_no_second_whatever_the_order():
+    # The second finishes later though it took fewer forwards; the last was over with its prefill; two end together.
+    responses = [response(1.0, 40, 20), response(1.5, 12, 12), response(2.0, 90, 30), response(2.0, 7, 5)]
+    responses.append(response(0.1, 1, 0))
+    parts = stretches(responses)
+    assert math.fsum(part.tokens for part in parts) == pytest.approx(150)
+    assert math.fsum(part.seconds for part in parts) == pytest.approx(2.0)
+    assert [part.live for part in parts] == [5, 4, 3, 2, 1]
+    assert parts[0] == Stretch(5, 0.1, 0, 1.0)
+
+
+def test_buckets_hold_their_bounds_and_leave_out_what_never_ran():
+    parts = [Stretch(n, 1.0, 2, n) for n in (1, 2, 8, 9, 32, 33, 128)]
+    found = by_bucket(parts)
+    assert {bucket: total.seconds for bucket, total in found.items()} == {
+        (1, 1): 1,
+        (2, 8): 2,
+        (9, 32): 2,
+        (33, 128): 2,
+    }
+    assert found[2, 8].forwards == 4 and found[2, 8].request_forwards == 20
+
+
+def test_bucket_speeds_and_the_accept_length_that_would_be_needed():
+    lengths = [12, 24, 48]
+    plain = record("none", [decoded(lengths, [0.010, 0.020, 0.020])])
+    # Half the forwards for the same tokens; alone a step costs 1.5 times as much, with 2 or 3 live 4 times.
+    fast = record("online", [decoded([n // 2 for n in lengths], [0.015, 0.080, 0.080], tokens_per_forward=2)])
+    alone, few = bucket_speeds([fast], [plain])
+    assert (alone.bucket, few.bucket) == ((1, 1), (2, 8))
+    assert alone.speedup.mean == pytest.approx(2 / 1.5) and few.speedup.mean == pytest.approx(2 / 4)
+    assert alone.needed == pytest.approx(1.5) and few.needed == pytest.approx(4.0)
+    assert alone.tokens_per_forward == few.tokens_per_forward == pytest.approx(2.0)
+    assert alone.plain_forward_ms == pytest.approx(10) and few.forward_ms == pytest.approx(80)
+    assert alone.share_of_time + few.share_of_time == pytest.approx(1.0)
+
+
+# ---- whole runs ----
+
+
+def test_a_speedup_is_over_matched_seeds_and_steps_only():
+    slow, fast = decoded([10], [0.2]), decoded([10], [0.1])
+    very_slow = decoded([10], [20.0])
+    runs = [
+        record("none", [slow, slow, very_slow], seed=0),  # the third step has no partner
+        record("none", [very_slow], seed=2),  # nor has this seed
+        record("online", [fast, fast], seed=0),
+    ]
+    found = speedup(runs, "online")
+    assert (found.num_seeds, found.num_pairs) == (1, 2)
+    assert found.tokens_per_s.mean == found.makespan.mean == pytest.approx(2.0)
+    assert found.tokens_per_s_by_seed == pytest.approx((2.0,))
+    assert speedup(runs, "frozen") is None
+
+
+def with_metrics(**metrics) -> StepRecord:
+    return StepRecord(metrics, (), 0.5)
+
+
+def test_phases_leave_out_the_first_step():
+    steps = [
+        with_metrics(time_rollout_s=100.0, time_draft_s=100.0),
+        *(with_metrics(time_rollout_s=t, time_draft_s=1.0) for t in (3.0, 9.0, 4.0)),
+    ]
+    run = record("online", steps)
+    assert phase_medians_s([run]) == {"rollout": 4.0, "draft": 1.0}
+    assert draft_share([run]) == pytest.approx(3 / 19)
+
+
+def test_catching_up_is_the_mean_over_seeds_at_ninety_percent():
+    def curve(arm: str, seed: int, values: list[float]) -> RunRecord:
+        return record(arm, [with_metrics(accept_length=v) for v in values], seed)
+
+    runs = [curve("frozen", 0, [2.0, 2.0, 2.0, 2.0]), curve("frozen", 1, [2.0, 2.0, 2.0, 2.0])]
+    runs += [curve("online", 0, [1.0, 1.9, 2.2, 1.8]), curve("online", 1, [1.0, 1.6, 2.0, 2.0])]
+    found = catch_up(runs, "online", "frozen")
+    assert (found.first_step, found.steps_below_after, found.steps_after, found.num_seeds) == (2, 1, 1, 2)
+    assert found.final_ratio == pytest.approx(0.95)
+    assert catch_up([run for run in runs if run.arm == "frozen"], "online", "frozen") is None
+
+
+def test_the_variance_of_a_mean_reward_is_that_of_sampling_within_prompts():
+    # Prompt 0 is always right and prompt 1 always wrong: other samples of the same prompts would give the same mean.
+    certain = [response(1, 1, 1, reward=1.0 - p, prompt_id=p) for p in (0, 0, 1, 1)]
+    assert mean_reward(StepRecord({}, tuple(certain), 0.5)) == (0.5, 0.0)
+    # One prompt, half right of 4: the mean's variance is s^2 / 4 with s^2 = 1/3.
+    mixed = [response(1, 1, 1, reward=r) for r in (0.0, 0.0, 1.0, 1.0)]
+    assert mean_reward(StepRecord({}, tuple(mixed), 0.5)) == (0.5, pytest.approx(1 / 12))
+
+
+def test_rewards_differ_by_z_of_sampling_noise():
+    def step(*rewards: float) -> StepRecord:
+        return StepRecord({}, tuple(response(1, 1, 1, reward=r) for r in rewards), 0.5)
+
+    half, high, sure = step(0, 0, 1, 1), step(0, 1, 1, 1), step(1, 1, 1, 1)
+    runs = [record("none", [half, half], 0), record("none", [high, half], 1)]
+    runs += [record("online", [half, high], 0), record("online", [half, sure], 1)]
+    found = reward_test(runs, "online")
+    first = -0.25 / math.sqrt(1 / 12 + 1 / 16)  # variance of `high`: (1/4) / 4
+    assert found.z_first_steps == (0.0, pytest.approx(first))
+    assert found.difference_by_seed == pytest.approx((0.125, 0.125)) and found.mean_difference == pytest.approx(0.125)
+    assert (found.num_z, found.num_outside) == (4, 0)
+    assert found.seed_spread == pytest.approx(math.sqrt((0.25**2 + 0) / 2))
+
+
+def test_sync_is_compared_with_a_copy_of_the_same_bytes():
+    steps = [with_metrics(sync_time_s=t, sync_bytes=2_000_000) for t in (9.0, 0.002, 0.004, 0.003)]
+    found = sync_speed([record("online", steps, device_copy_s=0.001)])
+    assert (found.num_syncs, found.median_ms, found.copy_ms) == (3, 3.0, 1.0)
+    assert found.gb_per_s == pytest.approx(2 / 3) and found.over_copy == pytest.approx(3.0)
+
+
+# ---- the start ----
+
+
+def test_ngram_hits_count_guesses_that_came_true():
+    assert rl_on_gpu_start.ngram_hits([((0, 0), [1, 2, 3, 4, 5, 6])]) == 0.0
+    repeated = rl_on_gpu_start.ngram_hits([((0, 0), [1, 2, 3, 4]), ((0, 1), [1, 2, 3, 4])])
+    assert repeated == 2 / 8  # the second text's 3 and 4, behind a known pair
+    assert rl_on_gpu_start.ngram_hits([((0, 0), [1, 2, 3, 4]), ((1, 0), [1, 2, 3, 4])]) == 0.0  # no siblings
+
+
+# ---- the plan ----
+
+
+def test_main_arms_are_interleaved_and_the_first_place_rotates():
+    jobs = [(arm.name, seed) for arm, seed in rl_on_gpu.interleaved_jobs(tuple(ARMS), (0, 1))]
+    first = [("none", 0), ("frozen", 0), ("online", 0)]
+    assert jobs == [*first, ("frozen", 1), ("online", 1), ("none", 1), ("target_only", 0)]
+
+
+def test_an_arm_begins_only_when_it_will_be_over_in_time():
+    assert rl_on_gpu.fits([2.0, 3.0], 10, 33.1) and not rl_on_gpu.fits([2.0, 3.0], 10, 32.9)
+    assert not rl_on_gpu.fits([], 1, 100.0)
+
+
+def test_unknown_arms_and_other_settings_in_the_same_place_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    with pytest.raises(SystemExit):
+        rl_on_gpu.parse(["--work", "w", "--out", "o", "--arms", "onlin"])
+    assert "unknown arm 'onlin'" in capsys.readouterr().err
+    rl_on_gpu.check_same_plan(Place(tmp_path), REHEARSAL)
+    rl_on_gpu.check_same_plan(Place(tmp_path), REHEARSAL)
+    with pytest.raises(ConfigError, match="holds runs with other settings"):
+        rl_on_gpu.check_same_plan(Place(tmp_path), replace(REHEARSAL, lr=1.0))
+
+
+def test_a_start_without_anything_to_learn_is_refused():
+    rl_on_gpu.check_start({"reward": 0.4}, REHEARSAL)
+    for reward in (0.02, 0.95):
+        with pytest.raises(ConfigError, match="RL would have nothing to learn"):
+            rl_on_gpu.check_start({"reward": reward}, REHEARSAL)
+
+
+def test_only_the_offline_run_leaves_the_policy_as_it_is(tmp_path: Path):
+    arms = [*ARMS.values(), rl_on_gpu_arms.OFFLINE]
+    configs = {arm.name: rl_on_gpu_arms.run_config(REHEARSAL, Place(tmp_path), arm, 0) for arm in arms}
+    assert [name for name, config in configs.items() if config.policy.lr == 0] == ["offline"]
+    assert [name for name, config in configs.items() if config.draft.train] == ["online", "target_only", "offline"]
+    assert {name: config.rollout.speculative_algorithm for name, config in configs.items()} == {
+        "none": "NONE"
+    } | dict.fromkeys(("frozen", "online", "target_only", "offline"), "EAGLE3")
+    # all of a rollout's requests run from its start, which the analysis by live requests rests on
+    assert all(config.rollout.max_running_requests == REHEARSAL.requests for config in configs.values())
+    assert configs["target_only"].draft.draft_vocab_size and not configs["online"].draft.draft_vocab_size
+
+
+# ---- the whole command ----
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(make_model_module.PRESETS, "3m", Shape(32, 7, 2, 1, 16, 48))
+    plan = replace(REHEARSAL, warm_start_steps=3, warm_start_tokens=256, steps=2, offline_steps=1, prompts=3, samples=2)
+    monkeypatch.setattr(rl_on_gpu, "REHEARSAL", replace(plan, max_response_len=10, short_steps=1, reduced_vocab=64))
+
+
+def test_the_command_goes_on_where_it_was_cut_off(tmp_path: Path, small: None, monkeypatch: pytest.MonkeyPatch):
+    work, out = tmp_path / "work", tmp_path / "out"
+    command = ["--rehearse", "--work", str(work), "--out", str(out), "--seeds", "0"]
+
+    device_copy_s, left = rl_on_gpu_arms.device_copy_s, iter(["offline", "none"])
+
+    def cut_off_in_the_third_run(num_bytes: int) -> float:
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        return device_copy_s(num_bytes)
+
+    monkeypatch.setattr(rl_on_gpu_arms, "device_copy_s", cut_off_in_the_third_run)
+    with pytest.raises(KeyboardInterrupt):
+        rl_on_gpu.main(command)
+    done = {path.name: path.stat().st_mtime_ns for path in (work / "done").iterdir()}
+    assert set(done) == {"offline-0", "none-0"}
+    rows = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+    assert [row["arm"] for row in rows if row["kind"] == "run"] == ["none"]
+
+    rl_on_gpu.main(command)
+    assert {path.name for path in (work / "done").iterdir()} == {f"{name}-0" for name in (*ARMS, "offline")}
+    assert all((work / "done" / name).stat().st_mtime_ns == time for name, time in done.items())  # not run again
+    assert not list((work / "runs").iterdir())
+    check_outputs(out)
+
+
+def check_outputs(out: Path) -> None:
+    rows = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+    assert [row["arm"] for row in rows if row["kind"] == "run"] == ["frozen", "none", "online", "target_only"]
+    kinds = {row["kind"] for row in rows}
+    assert kinds == {"start", "run", "phases", "sync", "speedup", "reward_test", "bucket", "catch_up"}
+    assert all({"command", "hardware", "commit", "date", "plan", "versions"} <= set(row) for row in rows)
+    assert (out / "figure.png").read_bytes()[:4] == b"\x89PNG"
+    text = (out / "summary.md").read_text()
+    assert all(f"| {name} |" in text for name in ARMS)
+    before = {name: (out / name).read_text() for name in ("results.jsonl", "summary.md")}
+    rl_on_gpu_report.main([str(out / "records.json.gz")])
+    assert {name: (out / name).read_text() for name in before} == before  # the records hold all that was found
+
+
+def test_without_time_nothing_begins_and_it_says_so(tmp_path: Path, small: None, capsys: pytest.CaptureFixture[str]):
+    rl_on_gpu.main(["--rehearse", "--work", str(tmp_path / "w"), "--out", str(tmp_path / "o"), "--budget-s", "0"])
+    said = capsys.readouterr().out
+    assert "0 of 7 runs are done" in said and "no time for none-0 frozen-0 online-0" in said
+    assert (tmp_path / "o" / "summary.md").read_text().count("Start policy") == 1
