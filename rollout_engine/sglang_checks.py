@@ -97,6 +97,20 @@ def check_torch(config: RolloutConfig) -> None:
             )
 
 
+def check_sync_folder(config: RolloutConfig) -> None:
+    """Raises EngineConfigError when weights are to be sent to where only a folder that both sides see leads."""
+    needs = None
+    if config.sync_transport == "disk":
+        needs = "rollout.sync_transport = 'disk'"
+    elif config.sglang_address:
+        needs = f"rollout.sglang_address = {config.sglang_address!r}"
+    if needs and not config.sync_dir:
+        raise EngineConfigError(
+            f"{needs} needs a folder that trainer and engine both see: give --update-weight-disk-dir DIR "
+            "(rollout.sync_dir)"
+        )
+
+
 def check_draft_vocabulary(config: RolloutConfig, is_reduced: bool) -> None:
     """Raises EngineConfigError for a draft over part of the vocabulary under SGLang's rejection rule."""
     if config.speculative_algorithm == "EAGLE3" and config.verify_rule == "rejection" and is_reduced:
@@ -159,16 +173,6 @@ def _check_connection(config: RolloutConfig) -> None:
     if config.sglang_address and not re.fullmatch(r"https?://[^/\s:]+:\d+", config.sglang_address):
         raise EngineConfigError(
             f"rollout.sglang_address = {config.sglang_address!r}: expected http://HOST:PORT, as slipstream serve prints"
-        )
-    needs = None
-    if config.sync_transport == "disk":
-        needs = "rollout.sync_transport = 'disk'"
-    elif config.sglang_address:
-        needs = f"rollout.sglang_address = {config.sglang_address!r}"
-    if needs and not config.sync_dir:
-        raise EngineConfigError(
-            f"{needs} needs a folder that trainer and engine both see: give --update-weight-disk-dir DIR "
-            "(rollout.sync_dir)"
         )
     if not config.sglang_start_timeout_s > 0:
         raise EngineConfigError(

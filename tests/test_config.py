@@ -1,5 +1,7 @@
 """Recipes and overrides become one frozen config, or one line that says what is wrong and where."""
 
+from pathlib import Path
+
 import pytest
 
 from trainer.config import ConfigError, RunConfig
@@ -7,6 +9,7 @@ from trainer.config_check import validate
 from trainer.config_load import Override, load_config, parse_flags
 from trainer.toml_writer import to_toml
 
+ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ("--hf-checkpoint=m", "--prompt-data=p.jsonl")
 
 
@@ -185,6 +188,12 @@ def test_what_sglang_cannot_do_is_refused_with_what_to_do_instead(arguments, mes
     with pytest.raises(ConfigError, match=message) as caught:
         validate(from_flags(*GOOD, *SGLANG, *arguments))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("recipe", sorted(ROOT.glob("recipes/*.toml")), ids=lambda path: path.name)
+def test_every_recipe_is_possible_once_it_has_its_files(recipe):
+    warnings = validate(from_flags(*SOURCES, "--eval-prompt-data=e.jsonl", recipe=recipe))
+    assert not [line for line in warnings if "reproducible" not in line]
 
 
 def test_a_cost_table_is_the_embedded_engines(tmp_path):

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rollout_engine.config import RolloutConfig
-from rollout_engine.sglang_checks import check_draft_vocabulary, check_sglang, check_torch
+from rollout_engine.sglang_checks import check_draft_vocabulary, check_sglang, check_sync_folder, check_torch
 from rollout_engine.types import EngineConfigError
 from trainer.config import ConfigError, RunConfig
 from trainer.suggest import nearest
@@ -19,6 +19,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "rollout.verify_rule": ("rejection", "target_only", "coupled"),
     "rollout.controller": ("adaptive", "fixed"),
     "policy.dtype": ("float32", "bfloat16"),
+    "draft.compute_dtype": ("float32", "bfloat16"),
     "policy.lr_decay_style": ("constant", "linear", "cosine", "inverse-square-root"),
     "algorithm.advantage_estimator": ("grpo",),
     "algorithm.kl_loss_type": ("k1", "k2", "k3", "low_var_kl"),
@@ -75,9 +76,10 @@ def validate(config: RunConfig, *, world_size: int = 1) -> list[str]:
     _check_schedule(config)
     _check_sources(config)
     _check_batch(config, world_size)
+    warnings = check_rollout(config.rollout, config.deterministic)
     if config.rollout.engine == "sglang":
         _check_sglang_run(config)
-    return [*check_rollout(config.rollout, config.deterministic), *_training_warnings(config)]
+    return [*warnings, *_training_warnings(config)]
 
 
 def check_rollout(rollout: RolloutConfig, deterministic: bool = False) -> list[str]:
@@ -142,6 +144,7 @@ def _check_sglang_run(config: RunConfig) -> None:
             "rollout.engine = 'torch'"
         )
     try:
+        check_sync_folder(rollout)
         # A draft that is read from its folder is checked when its sizes are known.
         is_random = not rollout.speculative_draft_model_path
         check_draft_vocabulary(rollout, is_reduced=is_random and config.draft.draft_vocab_size > 0)

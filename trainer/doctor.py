@@ -19,6 +19,8 @@ class Finding:
     mend: str  # the command that installs it
 
 
+_SGLANG_MEND = "pip install '.[sglang]'"
+
 # (import name, distribution, use, command that installs it)
 _PACKAGES = (
     ("transformers", "transformers", "tokenizers and configs", "pip install transformers==5.12.1"),
@@ -27,15 +29,15 @@ _PACKAGES = (
     ("math_verify", "math-verify", "data.reward = 'math'", "pip install math-verify==0.9.0"),
     ("matplotlib", "matplotlib", "report.html", "pip install matplotlib"),
     ("tensorboard", "tensorboard", "event files", "pip install tensorboard"),
-    ("sglang", "sglang", "rollout.engine = 'sglang' (not available yet)", "pip install sglang==0.5.15.post1"),
-    ("flashinfer", "flashinfer-python", "attention kernels on CUDA (not used yet)", "pip install flashinfer-python"),
+    ("flashinfer", "flashinfer-python", "SGLang's attention and sampling on CUDA (else Triton)", _SGLANG_MEND),
+    ("torch_memory_saver", "torch-memory-saver", "rollout.offload = true", "pip install torch-memory-saver"),
     ("ray", "ray", "several machines (not available yet)", "pip install ray==2.60.0"),
 )
 
 
 def examine() -> list[Finding]:
     """One finding for each part. Imports nothing heavier than torch."""
-    return [_python(), *_torch(), *(_package(*row) for row in _PACKAGES), _compiler()]
+    return [_python(), *_torch(), _sglang(), *(_package(*row) for row in _PACKAGES), _compiler()]
 
 
 def _python() -> Finding:
@@ -54,11 +56,44 @@ def _torch() -> list[Finding]:
 
     cuda = ""
     if torch.cuda.is_available():
-        names = ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
-        cuda = f"{torch.version.cuda} on {names}"
+        cuda = f"{torch.version.cuda} on " + ", ".join(_gpu(i) for i in range(torch.cuda.device_count()))
     threads = f"{torch.__version__}, {torch.get_num_threads()} CPU threads"
     needs = "a GPU with its driver, and a CUDA build of torch"
-    return [Finding("torch", threads, "everything", mend), Finding("CUDA", cuda, "GPU (the CPU works too)", needs)]
+    return [
+        Finding("torch", threads, "everything", mend),
+        Finding("CUDA", cuda, "GPU (the CPU works too)", needs),
+        Finding("attention", _attention(), "the policy's training (as named: in bfloat16)", mend),
+    ]
+
+
+def _attention() -> str:
+    """The kernel that a bfloat16 policy would train with here."""
+    import torch
+
+    from trainer.policy_attention import attention_name
+
+    return attention_name(torch.bfloat16, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def _gpu(index: int) -> str:
+    """Its name and memory: an SGLang engine beside a policy in training needs room for both."""
+    import torch
+
+    free_bytes, total_bytes = torch.cuda.mem_get_info(index)
+    name = torch.cuda.get_device_name(index)
+    return f"{name} ({free_bytes / 2**30:.0f} of {total_bytes / 2**30:.0f} GiB free)"
+
+
+def _sglang() -> Finding:
+    """The version of this interpreter's SGLang, when the engine knows how to speak to it."""
+    from rollout_engine.sglang_install import find_sglang
+    from rollout_engine.types import EngineConfigError
+
+    use = "rollout.engine = 'sglang' (or rollout.sglang_python names another environment's)"
+    try:
+        return Finding("sglang", f"{find_sglang('').version}, supported", use, _SGLANG_MEND)
+    except EngineConfigError as error:
+        return Finding("sglang", "", use, str(error))
 
 
 def _package(module: str, distribution: str, use: str, mend: str) -> Finding:
@@ -99,4 +134,4 @@ def print_doctor() -> None:
     console.print(table)
     for finding in findings:
         if not finding.found:
-            console.print(f"{finding.part} is missing: {finding.mend}", soft_wrap=True)
+            console.print(f"{finding.part} is missing: {finding.mend}", soft_wrap=True, markup=False)
