@@ -27,12 +27,13 @@ LOG_BYTES = 1024 * 1024  # kept of what one command printed
 SHOWN_LINES = 25  # of a failed command, on the terminal
 LEAST_S = 5.0  # with less time left a command is not started
 
-SLIPSTREAM = ("{python}", "-m", "trainer.cli")
+MODULE = ("{python}", "-m")
 POLICY, DRAFT = "{work}/policy", "{work}/draft"
 MODELS = ("--policy", POLICY, "--draft", DRAFT)
+RESULTS = ("--results", "{results}")
 ROLLOUT = (
-    *("{python}", "-m", "benchmarks.rollout", "--engine", "sglang", *MODELS, "--dtype", "bfloat16"),
-    *("--batch-sizes", "1,8,32,128", "--spec", "none,eagle3,ngram", "--results", "{results}"),
+    *(*MODULE, "benchmarks.rollout", "--engine", "sglang", *MODELS, "--dtype", "bfloat16", *RESULTS),
+    *("--batch-sizes", "1,8,32,128", "--seeds", "4", "--waves", "1", "--max-new-tokens", "256"),
 )
 
 
@@ -55,50 +56,38 @@ class Outcome:
         return self.status in ("ok", "there already")
 
 
+# A random policy, sharpened, that any machine makes in seconds; its draft is trained on its own text.
+MAKE_POLICY = (
+    *(*MODULE, "trainer.cli", "make-model", "--size", "100m", "--task", "repeat", "--context-length", "1024"),
+    *("--eps-residual", "0.1", "--embed-scale", "50", "--logit-scale", "6", "--out", POLICY),
+)
+MAKE_DRAFT = (
+    *(*MODULE, "benchmarks.rollout", "--policy", POLICY, "--spec", "none,eagle3", "--batch-sizes", "1", "--seeds", "1"),
+    *("--max-new-tokens", "64", "--train-draft-steps", "1200", "--train-draft-samples", "1536"),
+    *("--train-draft-lr", "1e-3", "--save-draft", DRAFT, "--results", "{work}/prepare.jsonl"),
+)
 STAGES: dict[str, tuple[Command, ...]] = {
-    "tests": (Command(("{python}", "-m", "pytest", "-m", "gpu", "-q", "--durations=10", "tests"), 540),),
-    "prepare": (
-        Command(
-            (
-                *(*SLIPSTREAM, "make-model", "--size", "100m", "--task", "repeat", "--context-length", "1024"),
-                *("--eps-residual", "0.1", "--embed-scale", "50", "--logit-scale", "6", "--out", POLICY),
-            ),
-            120,
-            makes=POLICY,
-        ),
-        Command(
-            (
-                *("{python}", "-m", "benchmarks.rollout", "--policy", POLICY, "--spec", "none,eagle3"),
-                *("--batch-sizes", "1", "--seeds", "1", "--max-new-tokens", "64", "--train-draft-steps", "1200"),
-                *("--train-draft-samples", "1536", "--train-draft-lr", "1e-3", "--save-draft", DRAFT),
-                *("--results", "{out}/prepare.jsonl"),
-            ),
-            300,
-            makes=DRAFT,
-        ),
-    ),
-    "rollout": (Command((*ROLLOUT, "--seeds", "4", "--max-new-tokens", "256", "--work-dir", "{work}/rollout"), 540),),
+    "tests": (Command((*MODULE, "pytest", "-m", "gpu", "-q", "--durations=10", "tests"), 560),),
+    "prepare": (Command(MAKE_POLICY, 120, makes=POLICY), Command(MAKE_DRAFT, 300, makes=DRAFT)),
+    "rollout": (Command((*ROLLOUT, "--spec", "none,eagle3,ngram", "--work-dir", "{work}/rollout"), 560),),
     # Greedy decoding gives every driver the same tokens, hence the same work: the engine's overhead without noise
     "overhead": (
-        Command(
-            (
-                *(*ROLLOUT, "--seeds", "4", "--max-new-tokens", "256", "--temperature", "0"),
-                *("--work-dir", "{work}/overhead"),
-            ),
-            540,
-        ),
+        Command((*ROLLOUT, "--spec", "none,eagle3", "--temperature", "0", "--work-dir", "{work}/overhead"), 560),
     ),
     "sync": (
-        Command(("{python}", "-m", "benchmarks.sync", "--engine", "sglang", *MODELS, "--results", "{results}"), 300),
+        Command((*MODULE, "benchmarks.sync", "--engine", "sglang", *MODELS, "--dtype", "bfloat16", *RESULTS), 300),
+    ),
+    "policy": (
+        Command((*MODULE, "benchmarks.policy_update", "--shape", "100m", *RESULTS), 180),
+        Command((*MODULE, "benchmarks.policy_update", "--shape", "0.6b", *RESULTS), 240),
     ),
     "draft": (
-        Command(
-            ("{python}", "-m", "benchmarks.draft", *MODELS, "--dtype", "bfloat16", "--results", "{results}"),
-            240,
-        ),
+        Command((*MODULE, "benchmarks.draft_update", "--shape", "100m", *RESULTS), 180),
+        Command((*MODULE, "benchmarks.draft_update", "--shape", "0.6b", *RESULTS), 240),
     ),
-    "kernels": (Command(("{python}", "-m", "benchmarks.sglang_kernels", "--results", "{results}"), 540),),
-    "rl": (Command(("{python}", "-m", "benchmarks.rl_on_gpu", "--results", "{results}"), 580),),
+    "kernels": (Command((*MODULE, "benchmarks.sglang_kernels", *RESULTS), 560),),
+    # Goes on where the last call stopped, so that it may be asked for several times
+    "rl": (Command((*MODULE, "benchmarks.rl_on_gpu", "--work", "{work}/rl", "--out", "{out}/rl"), 580),),
 }
 
 

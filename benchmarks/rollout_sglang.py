@@ -122,9 +122,10 @@ def waves_of(prompts: PromptSet, sampling: SamplingParams, batch_size: int, coun
 
 def engine_config(args: argparse.Namespace, spec: str, prompts: PromptSet) -> RolloutConfig:
     """Settings of one server: places (and graphs) for the largest batch at its longest, a small share of the GPU."""
-    flags = dict(args.engine_settings.sglang)
+    flags: dict[str, Any] = {"sleep_on_idle": True}  # a scheduler without work would else poll, on a core of its own
     if args.device != "cpu":
-        flags = {"mem_fraction_static": MEM_FRACTION_STATIC} | flags
+        flags |= {"mem_fraction_static": MEM_FRACTION_STATIC}
+    flags |= args.engine_settings.sglang
     return replace(
         args.engine_settings,
         engine="sglang",

@@ -259,7 +259,8 @@ def test_each_server_has_a_place_for_the_largest_batch_at_its_longest():
     prompts = rollout_sglang.PromptSet(((1,), (1, 2, 3)), (0,))
     config = rollout_sglang.engine_config(args, "eagle3", prompts)
     assert (config.max_running_requests, config.context_length, config.speculative_num_steps) == (128, 53, 2)
-    assert config.sglang == {"mem_fraction_static": rollout_sglang.MEM_FRACTION_STATIC, "page_size": 1}
+    share = rollout_sglang.MEM_FRACTION_STATIC
+    assert config.sglang == {"sleep_on_idle": True, "mem_fraction_static": share, "page_size": 1}
     assert rollout_sglang.engine_config(args, "none", prompts).speculative_algorithm == "NONE"
 
 
@@ -302,13 +303,16 @@ def test_a_command_over_its_time_ends_with_all_that_it_started(tmp_path: Path, m
     assert "no time left" in session(tmp_path, monkeypatch, {"late": python("")}, "--limit-s", "1")[1]
 
 
-def test_every_stage_runs_a_benchmark_that_knows_its_arguments():
+def test_the_stages_ask_for_what_the_benchmarks_know():
     places = {"python": sys.executable, "work": "w", "out": "o", "results": "o/results.jsonl"}
-    for command in (command for stage in ("rollout", "overhead", "prepare") for command in gpu_session.STAGES[stage]):
+    asked = set()
+    for command in (command for stage in gpu_session.STAGES.values() for command in stage):
         filled = [gpu_session.filled(word, places) for word in command.words]
-        if "benchmarks.rollout" in filled:
+        assert filled[:2] == [sys.executable, "-m"] and not any("{" in word for word in filled)
+        asked.add(filled[2])
+        if filled[2] == "benchmarks.rollout":
             assert rollout.parse(filled[3:]).policy == Path("w/policy")
-        assert not any("{" in word for word in filled)
+    assert {"benchmarks.rollout", "benchmarks.sync", "trainer.cli", "pytest"} <= asked
 
 
 def test_sync_measures_the_same_bytes(policy_dir: Path, tmp_path: Path):
