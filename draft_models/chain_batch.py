@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 
 import torch
@@ -78,7 +79,8 @@ def make_batch(samples: Sequence[DraftSample]) -> DraftBatch | None:
     device = samples[0].token_ids.device
     num_keys = tuple(len(s.token_ids) - 2 for s in samples)
     num_chains = tuple(len(s.token_ids) - s.prompt_len - 1 for s in samples)
-    # Indices are computed on the CPU, where sizes are known, and sent in one piece each.
+    # Indices are computed on the CPU, where sizes are known, and sent without waiting for what the device still does.
+    send = partial(torch.Tensor.to, device=device, non_blocking=True)
     num_keys_B, num_chains_B = torch.tensor(num_keys), torch.tensor(num_chains)
     _, key_position_S = _ranks(num_keys_B)
     chain_sample_Q, chain_rank_Q = _ranks(num_chains_B)
@@ -86,16 +88,16 @@ def make_batch(samples: Sequence[DraftSample]) -> DraftBatch | None:
     return DraftBatch(
         key_embeds_SH=torch.cat([s.embeds[1:-1] for s in samples]),
         key_aux_SA=torch.cat([s.aux_hidden[:-2] for s in samples]),
-        key_position_S=key_position_S.to(device),
-        chain_key_Q=(first_chain_key_B[chain_sample_Q] + chain_rank_Q).to(device),
-        chain_rank_Q=chain_rank_Q.to(device),
-        chain_sample_Q=chain_sample_Q.to(device),
-        steps_left_Q=(num_chains_B[chain_sample_Q] - chain_rank_Q).to(device),
+        key_position_S=send(key_position_S),
+        chain_key_Q=send(first_chain_key_B[chain_sample_Q] + chain_rank_Q),
+        chain_rank_Q=send(chain_rank_Q),
+        chain_sample_Q=send(chain_sample_Q),
+        steps_left_Q=send(num_chains_B[chain_sample_Q] - chain_rank_Q),
         next_token_Q=torch.cat([s.token_ids[s.prompt_len + 1 :] for s in samples]),
         target_hidden_QW=torch.cat([s.target_hidden[s.prompt_len : -1] for s in samples]),
         target_head_VW=samples[0].target_head,
-        temperature_B=torch.tensor([s.temperature for s in samples], dtype=torch.float64).to(device),
-        seed_B=torch.tensor([s.seed for s in samples], dtype=torch.int64).to(device),
+        temperature_B=send(torch.tensor([s.temperature for s in samples], dtype=torch.float64)),
+        seed_B=send(torch.tensor([s.seed for s in samples], dtype=torch.int64)),
         num_keys=num_keys,
         num_chains=num_chains,
         spans=_spans(num_keys, num_chains),

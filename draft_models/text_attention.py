@@ -55,7 +55,7 @@ class FlashText:
         self._scale = scale
         device = batch.chain_key_Q.device
         self._ends = tuple(
-            torch.tensor([0, *counts], dtype=torch.int32).cumsum(0, dtype=torch.int32).to(device)
+            torch.tensor([0, *counts], dtype=torch.int32).cumsum(0, dtype=torch.int32).to(device, non_blocking=True)
             for counts in (batch.num_chains, batch.num_keys)
         )
         self._longest = (max(batch.num_chains), max(batch.num_keys))
@@ -140,9 +140,9 @@ class _PaddedSpan:
             span=span,
             scale=scale,
             num_samples=len(num_keys),
-            chain_slot=chain_slot.flatten().nonzero()[:, 0].to(device),
-            key_slot=key_slot.flatten().nonzero()[:, 0].to(device),
-            hidden_BCT=hidden_BCT.to(device),
+            chain_slot=chain_slot.flatten().nonzero()[:, 0].to(device, non_blocking=True),
+            key_slot=key_slot.flatten().nonzero()[:, 0].to(device, non_blocking=True),
+            hidden_BCT=hidden_BCT.to(device, non_blocking=True),
             chain_shape=chain_shape,
             key_shape=key_shape,
         )

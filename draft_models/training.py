@@ -88,8 +88,9 @@ def draft_loss(
     # Step j of a chain meets target row chain + j: rolled by j, all steps of a row stand together.
     states = [state_QH.roll(step, 0) for step, state_QH in enumerate(unroll(draft, batch, depth, numerics))]
     inside_KQ = batch.chain_rank_Q >= torch.arange(depth, device=batch.chain_rank_Q.device)[:, None]
-    decay_K1 = torch.tensor([[step_decay**step] for step in range(depth)], dtype=dtype).to(inside_KQ.device)
-    task = HeadTask(batch, draft.target_ids, decay_K1 * inside_KQ, rule, product_dtype)
+    decay_K1 = torch.tensor([[step_decay**step] for step in range(depth)], dtype=dtype)
+    weight_KQ = decay_K1.to(inside_KQ.device, non_blocking=True) * inside_KQ
+    task = HeadTask(batch, draft.target_ids, weight_KQ, rule, product_dtype)
     normed_KQH = draft.final_norm(torch.stack(states))
     loss_sum, figures, posterior_KQ = head_loss(normed_KQH, draft.lm_head.weight, task)
     kl_K, overlap_K, top1_K, agree_K = torch.where(inside_KQ, figures, 0.0).sum(-1, dtype=torch.float64)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from draft_models import head_loss, losses
+from draft_models import head_loss, losses, text_attention
 from draft_models.eagle3 import Eagle3
 from draft_models.forecast import EmittedTokens, accept_posterior
 from draft_models.training import DraftBatch, accept_posteriors, draft_loss, make_batch, unroll
@@ -87,6 +89,57 @@ def test_the_comparison_sees_a_fault(fault: str) -> None:
     chain = chain_sources(samples).index((0, 5))
     wrong = incremental_logits(draft, samples[0], 5, 2, fault)[1]
     assert (wrong - right[1][chain]).abs().max() > 1e-3
+
+
+def flash_stand_in(q: Tensor, k: Tensor, v: Tensor, ends_q: Tensor, ends_k: Tensor, *rest: Any, scale: float) -> Any:
+    """What torch's kernel computes, as one masked product: output, log-sum-exp [N, Q], and what is not read."""
+    longest_q, longest_k, dropout, is_causal, _ = rest
+    assert longest_q == ends_q.diff().max() and longest_k == ends_k.diff().max() and dropout == 0.0 and is_causal
+    weights, lse = _flash_weights(q, k, ends_q, ends_k, scale)
+    group = q.shape[1] // k.shape[1]
+    out = torch.einsum("nqs,snd->qnd", weights, v.repeat_interleave(group, dim=1))
+    return out, lse, None, None, None
+
+
+def flash_backward_stand_in(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *rest: Any, scale: float
+) -> Any:
+    """As the kernel does it: weights from the log-sum-exp that it is given, delta from the output that it is given."""
+    ends_q, ends_k = rest[:2]
+    group = q.shape[1] // k.shape[1]
+    wide_k, wide_v = (x.repeat_interleave(group, dim=1) for x in (k, v))
+    weights, own_lse = _flash_weights(q, k, ends_q, ends_k, scale)
+    weights = weights * (own_lse - lse).exp()[..., None]
+    delta_NQ = (grad * out).sum(-1).t()
+    ds = weights * (torch.einsum("qnd,snd->nqs", grad, wide_v) - delta_NQ[..., None]) * scale
+    dk, dv = torch.einsum("nqs,qnd->snd", ds, q), torch.einsum("nqs,qnd->snd", weights, grad)
+    return torch.einsum("nqs,snd->qnd", ds, wide_k), *(x.unflatten(1, (-1, group)).sum(2) for x in (dk, dv))
+
+
+def _flash_weights(q: Tensor, k: Tensor, ends_q: Tensor, ends_k: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Causal from the END of each sequence, as FlashAttention aligns fewer queries than keys."""
+    seen = torch.zeros(len(q), len(k), dtype=torch.bool)
+    for (q0, q1), (k0, k1) in zip(pairwise(ends_q.tolist()), pairwise(ends_k.tolist()), strict=True):
+        seen[q0:q1, k0:k1] = torch.ones(q1 - q0, k1 - k0).tril(k1 - k0 - (q1 - q0)).bool()
+    scores = torch.einsum("qnd,snd->nqs", q, k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)) * scale
+    scores = scores.masked_fill(~seen, -torch.inf)
+    return scores.softmax(-1), scores.logsumexp(-1)
+
+
+def test_flash_attention_is_asked_for_the_same_as_padded_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The CUDA kernel is stood in for by plain code with its signature: what is tested is the call and the merging."""
+    monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", flash_stand_in)
+    monkeypatch.setattr(torch.ops.aten, "_flash_attention_backward", flash_backward_stand_in)
+    samples, draft = mixed_samples(torch.float64), small_draft(dtype=torch.float64)
+    found = []
+    for can_run in (False, True):
+        monkeypatch.setattr(text_attention, "flash_can_run", lambda *_, can_run=can_run: can_run)
+        draft.zero_grad()
+        result = draft_loss(draft, batch_of(samples), DEPTH, 0.8)
+        result.loss_sum.backward()
+        found.append([result.loss_sum.detach(), *(weight.grad.clone() for weight in draft.parameters())])
+    for padded, flash in zip(*found, strict=True):
+        torch.testing.assert_close(padded, flash, atol=1e-12, rtol=1e-10)
 
 
 def plain_loss(draft: Eagle3, samples: list[DraftSample], depth: int, decay: float) -> Tensor:

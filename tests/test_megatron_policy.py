@@ -226,7 +226,9 @@ def test_step_that_is_not_finite_is_refused_and_leaves_no_trace(checkpoint, bad_
 @pytest.mark.parametrize("use_distributed_optimizer", [False, True])
 def test_resume_equals_an_unbroken_run_bitwise(checkpoint, tmp_path, dtype, use_distributed_optimizer):
     config = replace(CONFIG, dtype=dtype, clip_grad=1.0, lr_warmup_iters=2, lr_decay_style="cosine")
-    config = replace(config, use_distributed_optimizer=use_distributed_optimizer, weight_decay=0.1)
+    # the production combination is with recompute
+    config = replace(config, use_distributed_optimizer=use_distributed_optimizer, recompute=use_distributed_optimizer)
+    config = replace(config, weight_decay=0.1)
     policy = make_policy(checkpoint, config)
     for seed in range(2):
         policy.update(rollout(seed=seed))

@@ -166,7 +166,7 @@ class DraftLearner:
         device = next(self.draft.parameters()).device
         sums = torch.zeros(1 + self.config.unroll, 4, dtype=torch.float64, device=device)
         if loss is not None:
-            counts = torch.tensor([loss.token_count, *loss.counts], dtype=torch.float64).to(device)
+            counts = torch.tensor([loss.token_count, *loss.counts], dtype=torch.float64).to(device, non_blocking=True)
             sums[0, 0], sums[0, 1], sums[1:, 0] = loss.loss_sum.detach(), counts[0], counts[1:]
             sums[1:, 1:] = torch.stack((loss.kl_K, loss.overlap_K, loss.top1_K), dim=1)
         self._all_reduce(sums)

@@ -69,7 +69,8 @@ class _LogProbsAndEntropy(torch.autograd.Function):
             else:
                 pull_rV = (log_p_rV + entropy_R[piece, None]).mul_(grad_entropy_R[piece, None]).add_(pull_r1)
                 grad_rV = pull_rV.mul_(log_p_rV.exp_()).neg_()
-            grad_rV.scatter_add_(-1, local_R[piece, None], pull_r1 * mine_R[piece, None])
+            at_target = (torch.arange(len(grad_rV), device=grad_rV.device), local_R[piece])
+            grad_rV[at_target] += pull_r1[:, 0] * mine_R[piece]
             grad_TV.index_copy_(0, rows_R[piece], _over_temperature(grad_rV, temperature_R[piece]).to(grad_TV.dtype))
         return grad_TV, None, None, None, None
 

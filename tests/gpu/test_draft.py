@@ -2,22 +2,46 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
 import torch
 
+from draft_models import text_attention
+from draft_models.config import DraftConfig
 from draft_models.randomness import Purpose, gumbel, uniforms
 from draft_models.training import draft_loss, make_batch
-from draft_models.types import VerifyRule
+from draft_models.types import DraftSample, VerifyRule
 from draft_models.verify import draw_noise, inverse_cdf, sample_draft, target_probs, verify
 from tests.draft_helpers import random_sample, small_draft
+from trainer.draft_learner import DraftLearner, DraftSettings
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA"),
 ]
 ROWS, K, VOCAB = 500, 3, 300
+
+
+def on_gpu(samples: Sequence[DraftSample], dtype: torch.dtype | None = None) -> list[DraftSample]:
+    """The samples' tensors on the GPU, floating-point ones in `dtype`; one output layer for all of them."""
+
+    def moved(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.cuda() if dtype is None else tensor.cuda().to(dtype)
+
+    head = moved(samples[0].target_head)
+    return [
+        replace(
+            s,
+            token_ids=s.token_ids.cuda(),
+            embeds=moved(s.embeds),
+            aux_hidden=moved(s.aux_hidden),
+            target_hidden=moved(s.target_hidden),
+            target_head=head,
+        )
+        for s in samples
+    ]
 
 
 def test_random_numbers_are_those_of_the_cpu() -> None:
@@ -60,20 +84,71 @@ def test_inverse_cdf_never_returns_a_token_of_weight_zero() -> None:
 @pytest.mark.parametrize("rule", list(VerifyRule))
 def test_training_is_that_of_the_cpu(rule: VerifyRule) -> None:
     samples = [random_sample(length, 4, seed, dtype=torch.float64) for seed, length in enumerate((9, 14, 30))]
-    moved = [
-        replace(
-            s,
-            token_ids=s.token_ids.cuda(),
-            embeds=s.embeds.cuda(),
-            aux_hidden=s.aux_hidden.cuda(),
-            target_logits=s.target_logits.cuda(),
-        )
-        for s in samples
-    ]
+    moved = on_gpu(samples)
     draft = small_draft(draft_vocab_size=11, dtype=torch.float64)
-    on_cpu, on_gpu = make_batch(samples), make_batch(moved)
-    assert on_cpu is not None and on_gpu is not None
-    expected = draft_loss(draft, on_cpu, 3, 0.8, rule)
-    found = draft_loss(draft.cuda(), on_gpu, 3, 0.8, rule)
+    cpu_batch, gpu_batch = make_batch(samples), make_batch(moved)
+    assert cpu_batch is not None and gpu_batch is not None
+    expected = draft_loss(draft, cpu_batch, 3, 0.8, rule)
+    found = draft_loss(draft.cuda(), gpu_batch, 3, 0.8, rule)
     torch.testing.assert_close(found.loss_sum.cpu(), expected.loss_sum, atol=1e-10, rtol=1e-10)
     torch.testing.assert_close(found.posterior_QK.cpu(), expected.posterior_QK, atol=1e-10, rtol=1e-10)
+
+
+def long_samples(dtype: torch.dtype) -> list[DraftSample]:
+    """Of lengths that are no multiple of a kernel's tile, with chains from the first row and from the last only."""
+    shapes = [(60, 1), (33, 32), (47, 13), (17, 4), (64, 5), (6, 5)]
+    return on_gpu([random_sample(length, prompt, seed) for seed, (length, prompt) in enumerate(shapes)], dtype)
+
+
+def loss_and_gradient(samples: list[DraftSample]) -> tuple[torch.Tensor, torch.Tensor]:
+    draft, batch = small_draft().cuda(), make_batch(samples)
+    assert batch is not None
+    result = draft_loss(draft, batch, 4, 0.8, product_dtype=torch.bfloat16)
+    result.loss_sum.backward()
+    gradients = [weight.grad.flatten() for weight in draft.parameters() if weight.grad is not None]
+    return result.kl_K, torch.cat(gradients)
+
+
+def test_flash_attention_trains_as_padded_products_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert text_attention.flash_can_run(torch.bfloat16, torch.device("cuda"), 8)
+    flash_kl, flash_grad = loss_and_gradient(long_samples(torch.bfloat16))
+    monkeypatch.setattr(text_attention, "flash_can_run", lambda *_: False)
+    padded_kl, padded_grad = loss_and_gradient(long_samples(torch.bfloat16))
+    torch.testing.assert_close(flash_kl, padded_kl, rtol=1e-2, atol=0)
+    assert float((flash_grad - padded_grad).norm() / padded_grad.norm()) < 0.03
+
+
+def test_bfloat16_products_train_as_float32_does() -> None:
+    rough_kl, rough_grad = loss_and_gradient(long_samples(torch.bfloat16))
+    draft, batch = small_draft().cuda(), make_batch(long_samples(torch.float32))
+    assert batch is not None
+    exact = draft_loss(draft, batch, 4, 0.8)
+    exact.loss_sum.backward()
+    exact_grad = torch.cat([weight.grad.flatten() for weight in draft.parameters() if weight.grad is not None])
+    torch.testing.assert_close(rough_kl, exact.kl_K, rtol=3e-2, atol=0)
+    assert torch.nn.functional.cosine_similarity(rough_grad, exact_grad, dim=0) > 0.99
+
+
+def test_a_step_waits_for_the_device_nowhere() -> None:
+    """From the batch to the gradients; the learner then reads its figures back once."""
+    draft, samples = small_draft().cuda(), long_samples(torch.bfloat16)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        batch = make_batch(samples)
+        assert batch is not None
+        loss = draft_loss(draft, batch, 3, 0.8, VerifyRule.REJECTION, product_dtype=torch.bfloat16)
+        (loss.loss_sum / loss.token_count).backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_deterministic_training_repeats_bit_for_bit(deterministic: None) -> None:
+    weights = []
+    for _ in range(2):
+        config = DraftConfig(compute_dtype="bfloat16")
+        learner = DraftLearner(small_draft().cuda(), config, DraftSettings(VerifyRule.REJECTION, 3))
+        samples = long_samples(torch.bfloat16)
+        for _ in range(3):
+            learner.update(samples, [frozenset((s.prompt_id, s.sample_id) for s in samples)])
+        weights.append(torch.cat([p.detach().flatten() for p in learner.draft.parameters()]))
+    assert torch.equal(*weights)
