@@ -39,6 +39,7 @@ def full_line(step: int) -> dict[str, Any]:
         "logp_diff_mean": 3e-7,
         "logp_diff_max": 2e-6 + 1e-7 * step,
         "policy_version": step,
+        "reproducible": False,
         "response_len_mean": 20.5,
         "response_len_max": 63,
         "response_len_p50": 18,

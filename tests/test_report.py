@@ -66,6 +66,22 @@ def test_the_table_of_steps_holds_every_line(tmp_path: Path):
         assert f"<td>{line['logp_diff_max']:.1e}</td>" in html
 
 
+@pytest.mark.parametrize(
+    ("settings", "said", "unsaid", "note"),
+    [
+        ("", "embedded engine, drafter EAGLE3", "SGLang", "exact"),
+        ('engine = "sglang"\n', "engine SGLang, drafter EAGLE3", "Lossy", "exact"),
+        ('engine = "sglang"\nallow_lossy = true\n', "takes no seeds: an equal run gives other samples. Lossy",
+         "embedded", "lossy settings allowed"),
+    ],
+)  # fmt: skip
+def test_the_report_names_the_engine_and_what_its_samples_are(tmp_path: Path, settings, said, unsaid, note):
+    page = page_of(make_run(tmp_path, LINES, CONFIG + settings))
+    (lead,) = [text for _, text in page.texts if "steps," in text and "drafter" in text]
+    assert said in lead and unsaid not in lead
+    assert note in page.of_class("note")
+
+
 def test_another_run_gives_other_numbers(tmp_path: Path):
     """Negative control: were a number a constant of the page, both pages would show it."""
     worse = [line | {"speedup_vs_plain": 0.31, "reward": 0.02} for line in LINES]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from rollout_engine.config import RolloutConfig
 from trainer.config import RunConfig
 from trainer.run import Inputs, check_folder, make_draft, read_inputs
 from trainer.toml_writer import to_toml
@@ -18,6 +19,14 @@ def dry_run(config: RunConfig) -> int:
     return 0
 
 
+def _engine(rollout: RolloutConfig) -> str:
+    if rollout.engine == "torch":
+        return "torch, in this process"
+    where = rollout.sglang_address or "started by the run"
+    gives = ", gives its memory back while the policy trains" if rollout.offload else ""
+    return f"SGLang, {where}; weights by {rollout.sync_transport}{gives}"
+
+
 def plan(config: RunConfig, inputs: Inputs) -> list[str]:
     """What the run would do, a line each."""
     data, rollout = config.data, config.rollout
@@ -29,13 +38,14 @@ def plan(config: RunConfig, inputs: Inputs) -> list[str]:
     if rollout.speculative_algorithm != "NONE":
         speculation = (
             f"{rollout.speculative_algorithm} with k = {rollout.speculative_num_steps}, rule {rollout.verify_rule}, "
-            f"{rollout.controller} depth"
+            f"{'fixed' if rollout.engine == 'sglang' else rollout.controller} depth"
         )
     lines = [
         f"# prompts     {rows} rows of {data.prompt_data}{skipped}; {epochs:.2f} epochs",
         f"# a step      {data.rollout_batch_size} prompts x {data.n_samples_per_prompt} = {samples} samples, "
         f"{config.algorithm.num_steps_per_rollout} optimizer step(s)",
         f"# steps       {config.num_rollout}",
+        f"# engine      {_engine(rollout)}",
         f"# speculation {speculation}",
     ]
     if config.eval_interval:

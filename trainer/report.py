@@ -62,12 +62,13 @@ def lead(lines: text.Lines, config: Mapping[str, Any]) -> str:
     rule = text.rule_name(config)
     what = f"Verification rule: {text.RULES[rule]}" if rule in text.RULES else "No speculation in this run."
     rollout = config.get("rollout", {})
+    engine = text.ENGINES.get(rollout.get("engine", "torch"), "unknown engine")
     drafter = rollout.get("speculative_algorithm", "none")
     depth = rollout.get("speculative_num_steps")
     speculation = f"drafter {drafter}" + (f", up to {depth} draft tokens" if depth else "")
     seconds = sum(sum(phase_seconds(line).values()) for line in lines)
     count = f"{len(lines)} steps" if len(lines) > 1 else "1 step"
-    return f"{count}, {seconds:.0f} s; {speculation}. {what}"
+    return f"{count}, {seconds:.0f} s; {engine}, {speculation}. {what}{text.caveats(config)}"
 
 
 def tiles(lines: text.Lines, config: Mapping[str, Any]) -> list[Tile]:
@@ -79,11 +80,12 @@ def tiles(lines: text.Lines, config: Mapping[str, Any]) -> list[Tile]:
         note = f"last of {len(probes)} probes; {low:.2f} to {high:.2f}" if len(probes) > 1 else "one probe"
         speed = Tile("speed vs plain decoding", f"{probes[-1]['speedup_vs_plain']:.2f} x", note)
     rule = text.rule_name(config)
+    exactness = "lossy settings allowed" if text.allows_lossy(config) else "exact"
     return [
         span_tile("reward", lines, "reward", ".2f"),
         span_tile("accept length", lines, "accept_length", ".2f"),
         speed,
-        Tile("verification rule", rule.replace("_", "-"), "no speculation" if rule == "none" else "exact"),
+        Tile("verification rule", rule.replace("_", "-"), "no speculation" if rule == "none" else exactness),
         span_tile("tokens per second", lines, "tokens_per_s", ".0f"),
     ]
 

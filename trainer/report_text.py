@@ -11,6 +11,8 @@ Lines = Sequence[Mapping[str, Any]]
 EVEN = 0.05  # a speed this near to 1 is neither faster nor slower: a single probe is not more exact
 MEASUREMENTS = ("eval", "probe")  # phases that a run without measurements would not have
 
+ENGINES = {"torch": "embedded engine", "sglang": "engine SGLang"}
+
 RULES = {
     "greedy": "greedy: a draft token is kept when it is the policy's own argmax. Exact at temperature 0.",
     "target_only": "target-only: the draft's argmax is kept with the policy's probability of it, else a token is "
@@ -32,6 +34,20 @@ def rule_name(config: Mapping[str, Any]) -> str:
     if rollout["speculative_algorithm"].upper() == "NGRAM" and rollout.get("verify_rule") == "rejection":
         return "target_only"  # a point-mass proposal: rejection and target-only are the same rule
     return rollout.get("verify_rule", "none")
+
+
+def allows_lossy(config: Mapping[str, Any]) -> bool:
+    """Whether the run could have settings under which its samples leave the policy's law."""
+    rollout = config.get("rollout", {})
+    return bool(rollout.get("allow_lossy")) and rollout.get("engine") == "sglang"
+
+
+def caveats(config: Mapping[str, Any]) -> str:
+    """What a reader has to know about this engine's samples before comparing runs; '' when there is nothing."""
+    if config.get("rollout", {}).get("engine") != "sglang":
+        return ""
+    lossy = " Lossy settings were allowed: see the settings before you call the rule exact." * allows_lossy(config)
+    return f" SGLang takes no seeds: an equal run gives other samples.{lossy}"
 
 
 def values(lines: Lines, key: str) -> list[float]:
