@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -112,7 +113,15 @@ def test_dry_run_checks_prints_and_writes_nothing(tiny_model, tmp_path, monkeypa
 
 @pytest.mark.parametrize(
     ("argument", "message"),
-    [("--rollout.device=foo", "rollout.device = 'foo'"), ("--rollout.cost_table=absent.json", "no such file")],
+    [
+        ("--rollout.device=foo", "rollout.device = 'foo'"),
+        ("--rollout.cost_table=absent.json", "no such file"),
+        pytest.param(
+            "--engine=sglang",
+            "SGLang is not installed for ",
+            marks=pytest.mark.skipif(find_spec("sglang") is not None, reason="SGLang is installed here"),
+        ),
+    ],
 )
 def test_dry_run_sees_what_the_engine_would_refuse(tiny_model, capsys, argument, message):
     arguments = ["train", "--dry-run", f"--hf-checkpoint={tiny_model}", f"--prompt-data={tiny_model}/train.jsonl"]

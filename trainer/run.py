@@ -42,7 +42,7 @@ from trainer.resume_check import check_resumed, flat_settings
 from trainer.rewards import Reward, load_reward
 from trainer.rollouts import Rollout
 from trainer.run_dir import RunDir, check_run_dir, clear_unless_resumed, cut_metrics, make_run_dir
-from trainer.serving import build_engine, context_length, device_of, eos_token_ids, load_tokenizer, read_draft
+from trainer.serving import build_engine, check_engine, context_length, eos_token_ids, load_tokenizer, read_draft
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,9 +207,8 @@ def read_inputs(config: RunConfig) -> Inputs:
 
 
 def check_policy(config: RunConfig, folder: Path, hf_config: dict[str, Any]) -> None:
-    """ConfigError for an architecture, weights, a reference or a device that the run would refuse later."""
-    if config.rollout.engine == "torch":
-        device_of(config.rollout)
+    """ConfigError for an architecture, weights, a reference or an engine that the run would refuse later."""
+    check_engine(config.rollout)
     HFWeights(folder)
     architecture = transformer_settings(hf_config)
     rope_frequencies(hf_config, architecture["kv_channels"])

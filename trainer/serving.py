@@ -14,6 +14,7 @@ from draft_models.eagle3 import DraftError, Eagle3
 from rollout_engine.config import RolloutConfig
 from rollout_engine.decoder import Decoder
 from rollout_engine.hf_checkpoint import CheckpointError
+from rollout_engine.sglang_install import canonical, find_sglang, known_flags
 from rollout_engine.torch_engine import TorchEngine
 from rollout_engine.types import RolloutEngine
 from sync.atomic import whole_folder
@@ -106,6 +107,16 @@ def read_draft(folder: Path, target: Path) -> Eagle3:
         return load_draft(folder, read_config(target))
     except (DraftError, FileNotFoundError) as error:
         raise ConfigError(str(error)) from error
+
+
+def check_engine(rollout: RolloutConfig) -> None:
+    """What shows without loading anything: ConfigError or EngineConfigError for a device that is not there, an SGLang
+    that is not installed or not known, and server flags that it does not have."""
+    if rollout.engine == "torch":
+        device_of(rollout)
+    elif not rollout.sglang_address:
+        installation = find_sglang(rollout.sglang_python)
+        canonical(rollout.sglang, known_flags(installation.folder), installation.version)
 
 
 def build_engine(
