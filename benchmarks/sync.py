@@ -1,4 +1,7 @@
-"""One sync of policy and draft, checks included: in process and over disk, beside a plain copy of the same bytes."""
+"""One sync of policy and draft, checks included, beside a plain copy of the same bytes.
+
+With the embedded engine in process and over disk; with --engine sglang into a running server, by phases.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks import rollout_sglang, sync_sglang
 from benchmarks.common import append_results, arguments, console, interleaved, provenance, run, seconds
 from draft_models.checkpoint import load_draft
 from draft_models.config import DraftConfig
@@ -82,20 +86,34 @@ def show(out: Console, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = arguments("benchmarks.sync", __doc__)
-    parser.add_argument("--policy", type=Path, required=True, help="Hugging Face folder of the policy")
+    parser = arguments("benchmarks.sync", __doc__.splitlines()[0])
+    parser.epilog = (
+        "With --engine sglang further flags go to the engine, as those of slipstream train: --sglang-NAME VALUE"
+    )
+    parser.add_argument("--engine", default="torch", choices=("torch", "sglang"))
+    parser.add_argument("--policy", type=Path, help="Hugging Face folder of the policy")
+    parser.add_argument(
+        "--shape", choices=tuple(sync_sglang.SHAPES), help="engine sglang: make policy and draft so large"
+    )
     parser.add_argument("--draft", type=Path, help="folder of an EAGLE-3 draft; default: a random one")
+    parser.add_argument("--transport", default="ipc", choices=("ipc", "disk", "broadcast"), help="engine sglang")
     parser.add_argument("--repeats", type=int, default=15, help="syncs of each transport, interleaved")
-    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--dtype", help="default: bfloat16 on a GPU with --engine sglang, else float32")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--folder", type=Path, help="where the disk transport writes; default: the temporary folder")
-    return parser.parse_args(argv)
+    args, rest = parser.parse_known_args(argv)
+    on_gpu_server = args.engine == "sglang" and args.device.startswith("cuda")
+    args.dtype = args.dtype or ("bfloat16" if on_gpu_server else "float32")
+    if args.engine == "sglang":
+        args.engine_settings = rollout_sglang.settings_from(rest)
+        if (args.policy is None) == (args.shape is None):
+            parser.error("--engine sglang needs either --policy DIR or --shape")
+    elif rest or args.policy is None:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}" if rest else "--policy DIR is missing")
+    return args
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    args = parse(argv)
-    if args.threads:
-        torch.set_num_threads(args.threads)
+def torch_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
     dtype = getattr(torch, args.dtype)
     decoder = Decoder.from_hf(args.policy, dtype, args.device)
     hf_config = read_config(args.policy)
@@ -108,7 +126,26 @@ def main(argv: Sequence[str] | None = None) -> None:
         measured = interleaved(arms, range(args.repeats))
     rows = rows_of(measured, num_bytes, num_tensors)
     show(console(), rows)
-    shared = {"policy": str(args.policy), "dtype": args.dtype, "device": args.device, "repeats": args.repeats}
+    return rows
+
+
+def sglang_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
+    rows = sync_sglang.measure_all(args, args.engine_settings)
+    sync_sglang.show(console(), rows)
+    return [{"engine": "sglang"} | row for row in rows]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse(argv)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    rows = sglang_rows(args) if args.engine == "sglang" else torch_rows(args)
+    shared = {
+        "policy": str(args.policy or args.shape),
+        "dtype": args.dtype,
+        "device": args.device,
+        "repeats": args.repeats,
+    }
     append_results(args.results, [shared | row for row in rows], provenance("benchmarks.sync"))
 
 
