@@ -29,7 +29,7 @@ _MASK = (1 << 64) - 1
 @torch.no_grad()
 def checksum(tensor: torch.Tensor) -> int:
     """Checksum of any tensor: every dtype, NaN payloads and signed zeros included. Takes twice its memory."""
-    flat = _bytes(tensor)
+    flat = tensor.detach().reshape(-1).view(torch.uint8)
     words_RC = torch.nn.functional.pad(flat, (0, -flat.numel() % ROW_BYTES)).view(torch.int64).view(-1, ROW_WORDS)
     hashes_R = (words_RC * _column_weights(flat.device)).sum(1)
     rows_R = torch.arange(len(hashes_R), device=flat.device)
@@ -44,42 +44,43 @@ def checksums(tensors: Mapping[str, torch.Tensor]) -> dict[str, int]:
         names_by_device.setdefault(tensor.device, []).append(name)
     sums: dict[str, int] = {}
     for device, names in names_by_device.items():
-        flats = [_bytes(tensors[name]) for name in names]
-        for name, total in zip(names, _sums(flats, device), strict=True):
+        totals = _sums([_aligned(tensors[name]) for name in names], device)
+        for name, total in zip(names, totals, strict=True):
             sums[name] = _finish(tensors[name], total)
     return {name: sums[name] for name in tensors}
 
 
 @dataclass(frozen=True, slots=True)
 class _Rows:
-    """Where each row of several flat tensors comes from: `owner_R` names the tensor, `index_R` the row within it."""
+    """Where each row of several tensors comes from: `owner_R` names the tensor, `index_R` the row within it."""
 
     counts: Sequence[int]  # rows of each tensor
     owner_R: torch.Tensor  # int64
     index_R: torch.Tensor  # int64
 
 
-def _sums(flats: Sequence[torch.Tensor], device: torch.device) -> list[int]:
-    rows = _lay_out(flats, device)
-    hashes_R = _hashes_by_kernel(flats, rows) if _has_kernel(device) else _hashes(flats, rows)
-    sums_T = torch.zeros(len(flats), dtype=torch.int64, device=device)
+def _sums(tensors: Sequence[torch.Tensor], device: torch.device) -> list[int]:
+    rows = _lay_out([tensor.nbytes for tensor in tensors], device)
+    hashes_R = _hashes_by_kernel(tensors, rows) if _has_kernel(device) else _hashes(tensors, rows)
+    sums_T = torch.zeros(len(tensors), dtype=torch.int64, device=device)
     sums_T.index_add_(0, rows.owner_R, hashes_R * _weights(rows.index_R))
     totals: list[int] = sums_T.tolist()
     return totals
 
 
-def _lay_out(flats: Sequence[torch.Tensor], device: torch.device) -> _Rows:
-    counts = [-(-flat.numel() // ROW_BYTES) for flat in flats]
+def _lay_out(sizes_bytes: Sequence[int], device: torch.device) -> _Rows:
+    counts = [-(-size // ROW_BYTES) for size in sizes_bytes]
     counts_T = torch.tensor(counts, device=device)
     total = sum(counts)  # known here, so that no device is asked for it
-    owner_R = torch.repeat_interleave(torch.arange(len(flats), device=device), counts_T, output_size=total)
+    owner_R = torch.repeat_interleave(torch.arange(len(counts), device=device), counts_T, output_size=total)
     first_T = counts_T.cumsum(0) - counts_T
     return _Rows(counts, owner_R, torch.arange(total, device=device) - first_T[owner_R])
 
 
-def _hashes(flats: Sequence[torch.Tensor], rows: _Rows) -> torch.Tensor:
+def _hashes(tensors: Sequence[torch.Tensor], rows: _Rows) -> torch.Tensor:
     """Row hashes in plain torch. What does not fill a row is gathered with zeros behind it, and hashed together."""
     device = rows.owner_R.device
+    flats = [tensor.reshape(-1).view(torch.uint8) for tensor in tensors]
     ragged = [n for n, flat in enumerate(flats) if flat.numel() % ROW_BYTES]
     tails_NB = torch.zeros(len(ragged), ROW_BYTES, dtype=torch.uint8, device=device)
     tail_rows: list[int] = []
@@ -109,11 +110,11 @@ def _hash_words(flat: torch.Tensor, out_R: torch.Tensor) -> None:
         torch.sum(words_RC[chunk] * weights_C, 1, out=out_R[chunk])
 
 
-def _hashes_by_kernel(flats: Sequence[torch.Tensor], rows: _Rows) -> torch.Tensor:
+def _hashes_by_kernel(tensors: Sequence[torch.Tensor], rows: _Rows) -> torch.Tensor:
     from sync.checksum_kernel import row_hashes
 
     device = rows.owner_R.device
-    where_T2 = torch.tensor([(flat.data_ptr(), flat.numel()) for flat in flats], device=device)
+    where_T2 = torch.tensor([(tensor.data_ptr(), tensor.nbytes) for tensor in tensors], device=device)
     return row_hashes(where_T2, rows.owner_R, rows.index_R, _column_weights(device))
 
 
@@ -122,14 +123,20 @@ def _has_kernel(device: torch.device) -> bool:
     return device.type == "cuda" and find_spec("triton") is not None
 
 
-def _bytes(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor's bytes in the order of its values, beginning at a whole word of the memory."""
-    flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
-    return flat.clone() if flat.storage_offset() % 8 or flat.data_ptr() % 8 else flat
+def _aligned(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, or a copy of it, with its values in order and beginning at a whole word of the memory."""
+    whole = tensor.detach().contiguous()
+    at_word = whole.data_ptr() % 8 == 0 and whole.storage_offset() * whole.itemsize % 8 == 0
+    return whole if at_word else whole.clone()
 
 
 def _finish(tensor: torch.Tensor, total: int) -> int:
-    return (total + zlib.crc32(f"{tensor.dtype} {list(tensor.shape)}".encode())) & _MASK
+    return (total + _header(tensor.dtype, tensor.shape)) & _MASK
+
+
+@lru_cache(maxsize=4096)
+def _header(dtype: torch.dtype, shape: torch.Size) -> int:
+    return zlib.crc32(f"{dtype} {list(shape)}".encode())
 
 
 @lru_cache(maxsize=64)

@@ -46,7 +46,7 @@ class IpcCarrier:
         if self._shared is None or self._shared.device != device:
             self.close()
             self._shared = _share(self._plan, device, self._directory)
-        pack(bucket_views(self._plan, self._shared.buckets), bundle.tensors)
+        pack(self._shared.views, bundle.tensors)
         if device.type == "cuda":
             torch.cuda.synchronize(device)  # another process is about to read: stream order ends here
         return self._shared.source
@@ -69,6 +69,7 @@ class IpcCarrier:
 class _SharedBuckets:
     device: torch.device
     buckets: Sequence[torch.Tensor]
+    views: Mapping[str, torch.Tensor]
     source: Source
     file: Path | None = None
 
@@ -92,10 +93,12 @@ def _share(plan: SyncPlan, device: torch.device, directory: Path) -> _SharedBuck
             "device_uuid": str(torch.cuda.get_device_properties(device).uuid),
             "buckets": [_export(bucket) for bucket in buckets],
         }
-        return _SharedBuckets(device, buckets, source)
+        return _SharedBuckets(device, buckets, bucket_views(plan, buckets), source)
     file = _make_file(directory, sum(sizes))
     flat = torch.from_file(str(file), shared=True, size=sum(sizes), dtype=torch.uint8)
-    return _SharedBuckets(device, flat.split(sizes), {"kind": "file", "key": str(file), "sizes_bytes": sizes}, file)
+    buckets = flat.split(sizes)
+    source: Source = {"kind": "file", "key": str(file), "sizes_bytes": sizes}
+    return _SharedBuckets(device, buckets, bucket_views(plan, buckets), source, file)
 
 
 def _make_file(directory: Path, num_bytes: int) -> Path:

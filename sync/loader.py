@@ -11,7 +11,7 @@ Imports torch and sync only. Memory of another process is mapped once and kept u
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -36,6 +36,8 @@ class _State:
     receiver: WeightReceiver | None = None
     mappings: Mappings = field(default_factory=Mappings)
     receiving: Receiving = field(default_factory=Receiving)
+    buckets: Sequence[torch.Tensor] = ()  # of the last version, and the tensors in them
+    views: Mapping[str, torch.Tensor] = field(default_factory=dict)
     message_id: str = ""  # of the request that is being handled
     models: dict[str, nn.Module] = field(default_factory=dict)  # by role, that it has shown so far
     done: bool = False  # every model was shown, the rest of this request is nothing to us
@@ -84,6 +86,7 @@ def _handle(message: Message, model: nn.Module) -> Verdict | None:
 def _attach(message: Message, models: Mapping[str, nn.Module]) -> Verdict:
     """Note where the weights are. From now on they count as unknown: only a whole version makes them servable."""
     _state.receiver, _state.mappings, _state.receiving = None, Mappings(), Receiving()
+    _state.buckets, _state.views = (), {}
     destinations = {f"policy.{name}": view for name, view in policy_views(models["policy"]).items()}
     fixed: dict[str, torch.Tensor] = {}
     if "draft" in message.roles:
@@ -128,7 +131,9 @@ def _bundle(message: Message, receiver: WeightReceiver) -> Bundle:
         raise SyncError(f"sources of kind {source['kind']!r} are not known here")
     if message.plan_digest != plan.digest or [len(bucket) for bucket in buckets] != bucket_sizes_bytes(plan):
         raise SyncError(f"the sender's plan {message.plan_digest[:12]} is not this engine's plan {plan.digest[:12]}")
-    return Bundle(message.version, message.plan_digest, bucket_views(plan, buckets), message.checksums)
+    if buckets is not _state.buckets:
+        _state.buckets, _state.views = buckets, bucket_views(plan, buckets)
+    return Bundle(message.version, message.plan_digest, _state.views, message.checksums)
 
 
 def _verdict(message: Message | None, error: str) -> Verdict:

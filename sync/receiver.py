@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from sync.checksum import checksums
-from sync.plan import DEFAULT_BUCKET_BYTES, SyncError, SyncPlan, TensorSpec, make_plan
+from sync.plan import DEFAULT_BUCKET_BYTES, SyncError, SyncPlan, make_plan
 
 _FAULTS_SHOWN = 3
 
@@ -127,8 +127,7 @@ def find_faults(plan: SyncPlan, bundle: Bundle, serving_version: int) -> Iterato
         yield f"version {bundle.version} is not newer than version {serving_version}"
         return
     yield from layout_faults(plan, bundle.tensors)
-    fitting = {spec.full_name: bundle.tensors[spec.full_name] for spec in plan.tensors if _fits(spec, bundle.tensors)}
-    for name, found in checksums(fitting).items():
+    for name, found in checksums(dict(_fitting(plan, bundle.tensors))).items():
         if name not in bundle.checksums:
             yield f"{name} came without a checksum"
         elif found != bundle.checksums[name]:
@@ -141,19 +140,21 @@ def layout_faults(plan: SyncPlan, tensors: Mapping[str, torch.Tensor]) -> Iterat
     """In which names, shapes and dtypes `tensors` are not those of the plan, one line per fault."""
     for extra in sorted(tensors.keys() - plan.by_name.keys()):
         yield f"{extra} is not a tensor of this engine"
-    for spec in plan.tensors:
-        tensor = tensors.get(spec.full_name)
+    for name, spec in plan.by_name.items():
+        tensor = tensors.get(name)
         if tensor is None:
-            yield f"{spec.full_name} is missing"
-        elif tuple(tensor.shape) != spec.shape:
-            yield f"{spec.full_name} has shape {list(tensor.shape)}, expected {list(spec.shape)}"
+            yield f"{name} is missing"
+        elif tensor.shape != spec.shape:
+            yield f"{name} has shape {list(tensor.shape)}, expected {list(spec.shape)}"
         elif tensor.dtype != spec.dtype:
-            yield f"{spec.full_name} is {tensor.dtype}, expected {spec.dtype}"
+            yield f"{name} is {tensor.dtype}, expected {spec.dtype}"
 
 
-def _fits(spec: TensorSpec, tensors: Mapping[str, torch.Tensor]) -> bool:
-    tensor = tensors.get(spec.full_name)
-    return tensor is not None and tuple(tensor.shape) == spec.shape and tensor.dtype == spec.dtype
+def _fitting(plan: SyncPlan, tensors: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
+    for name, spec in plan.by_name.items():
+        tensor = tensors.get(name)
+        if tensor is not None and tensor.shape == spec.shape and tensor.dtype == spec.dtype:
+            yield name, tensor
 
 
 def join_faults(faults: Sequence[str]) -> str:
