@@ -113,13 +113,13 @@ _CAUSES = (
         "accelerator memory ran out ({what}): lower rollout.max_running_requests or rollout.context_length, or choose "
         "rollout.sglang.mem_fraction_static",
     ),
-    (r"(?i)(?P<what>address already in use|port \d+ is (?:already )?in use)", "its port is taken ({what})"),
+    (r"(?P<what>[Aa]ddress already in use|ValueError: Port is already in use)", "its port is taken ({what})"),
     (
-        r"No module named '(?P<what>[\w.]+)'",
+        r"(?m)^ModuleNotFoundError: No module named '(?P<what>[\w.]+)'",
         "its environment lacks the module {what}: pip install '.[sglang]', or name another rollout.sglang_python",
     ),
     (
-        r"(?P<what>(?:[^\n]*draft[^\n]*)(?:mismatch|not match|does not fit|must (?:be|match|equal))[^\n]*)",
+        r"(?m)^(?P<what>\w+Error: [^\n]*\b[Dd]raft\b[^\n]*)$",
         "the draft does not fit ({what})",
     ),
 )
