@@ -40,15 +40,16 @@ _BYTES_PER_LOGIT = 116
 _BYTES_PER_TARGET_LOGIT = 90
 
 
-def count(shape: Shape, tokens: int, unroll: int) -> dict[str, float]:
-    """TFLOPs and GB of one update on `tokens` tokens, all of them responses. Attention is left out (below 5 %)."""
-    hidden, vocab = shape.hidden, shape.vocab
+def count(shape: Shape, lengths: Sequence[int], unroll: int) -> dict[str, float]:
+    """TFLOPs and GB of one update on texts of these lengths, all of them responses; attention counted as causal."""
+    tokens, hidden, vocab = sum(lengths), shape.hidden, shape.vocab
     qkv = 2 * hidden * (shape.heads + 2 * shape.kv_heads) * shape.head_dim
     layer = qkv + shape.heads * shape.head_dim * hidden + 3 * hidden * shape.ffn
     body = 4 * 3 * hidden * hidden + 6 * layer * unroll  # the captured states need no gradient
     head = 6 * hidden * vocab * unroll + 2 * hidden * vocab
     logit_bytes = vocab * (_BYTES_PER_LOGIT * unroll + _BYTES_PER_TARGET_LOGIT)
-    return {"tflop": tokens * (body + head) / 1e12, "logit_gb": tokens * logit_bytes / 1e9}
+    attention = 7 * unroll * shape.heads * shape.head_dim * sum(n * n for n in lengths)
+    return {"tflop": (tokens * (body + head) + attention) / 1e12, "logit_gb": tokens * logit_bytes / 1e9}
 
 
 def captured(samples: Sequence[Sample], shape: Shape, dtype: torch.dtype, device: str) -> list[DraftSample]:
@@ -102,7 +103,7 @@ def measure(args: argparse.Namespace, compute_dtype: str) -> dict[str, Any]:
         whole_ms = 1e3 * seconds(lambda: learner.update(states, plan))
     phases_ms["batch_and_metrics"] = whole_ms - sum(phases_ms.values())
     median_s = statistics.median(times_s)
-    counted = count(shape, tokens, args.unroll)
+    counted = count(shape, [len(s.token_ids) for s in taken], args.unroll)
     packed = flash_can_run(product_dtype(compute_dtype) or torch.float32, torch.device(device), shape.head_dim)
     return {
         "shape": args.shape,
@@ -129,7 +130,11 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--max-tokens-per-update", type=int, default=32768)
     parser.add_argument("--updates-per-step", type=int, default=1)
     parser.add_argument("--compute-dtypes", type=words, default=("bfloat16", "float32"))
-    parser.add_argument("--count-only", action="store_true", help="print what an update should cost, run nothing")
+    parser.add_argument(
+        "--count-only",
+        action="store_true",
+        help="print what an update should cost for texts of 512 tokens, run nothing",
+    )
     return parser.parse_args(argv)
 
 
@@ -139,7 +144,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         torch.set_num_threads(args.threads)
     out = console()
     if args.count_only:
-        out.print_json(data=count(SHAPES[args.shape], args.max_tokens_per_update, args.unroll))
+        lengths = [512] * (args.max_tokens_per_update // 512)
+        out.print_json(data=count(SHAPES[args.shape], lengths, args.unroll))
         return
     rows = [measure(args, compute_dtype) for compute_dtype in args.compute_dtypes]
     out.print_json(data=rows)

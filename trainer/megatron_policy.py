@@ -20,7 +20,6 @@ import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
-from draft_models.layers import RopeTable, rope_table
 from draft_models.types import DraftSample
 from rollout_engine.types import Sample
 from trainer import distributed, losses, megatron_names, megatron_settings, optimizer_resume, packing
@@ -39,15 +38,14 @@ from trainer.policy_batch import (
     sequence_length,
 )
 from trainer.policy_capture import (
-    EMBEDS,
-    FINAL,
     CaptureSpec,
     StageRecorder,
-    aux_name,
+    captured_modules,
     choose_captured,
+    copy_of_head,
     draft_bytes_per_token,
 )
-from trainer.policy_layout import Axis, RankLayout, all_gather_cat
+from trainer.policy_layout import Axis, RankLayout
 from trainer.policy_weights import WeightMap, collect, load_weights
 from trainer.vocab_parallel import log_probs_and_entropy
 
@@ -155,11 +153,6 @@ def _build_model(config: TransformerConfig, hf_config: Mapping[str, Any], layout
     return model.to(layout.device)
 
 
-def _rope_table(config: TransformerConfig, hf_config: Mapping[str, Any], device: torch.device) -> RopeTable:
-    frequencies = megatron_settings.rope_frequencies(hf_config, config.kv_channels)
-    return rope_table(hf_config["max_position_embeddings"], frequencies, config.params_dtype, device)
-
-
 class MegatronPolicy:
     """A policy on this rank's part of the ranks. All methods are collective."""
 
@@ -192,7 +185,8 @@ class MegatronPolicy:
             self.layout,
         )
         self._num_updates = 0
-        self._rope = _rope_table(self.megatron_config, self.hf_config, device)
+        heads = self.megatron_config.kv_channels
+        self._rope = megatron_settings.rope_of(self.hf_config, heads, self.megatron_config.params_dtype, device)
         self._model = self._load_model(self._hf_folder)
         self._reference: GPTModel | None = None
         if algorithm.use_kl_loss:
@@ -405,29 +399,14 @@ class MegatronPolicy:
         bytes_per_token = draft_bytes_per_token(self.hidden_size, self.megatron_config.params_dtype.itemsize)
         indices = [i for batch in batches for i in batch.sample_indices]
         num_bytes = {i: bytes_per_token * sequence_length(samples[i]) for i in indices}
-        offset = self._weight_map.layer_offset
-        layers = self._model.decoder.layers
-        modules = {aux_name(k): layers[k - offset] for k in capture.aux_layer_ids if 0 <= k - offset < len(layers)}
-        if self._model.pre_process:
-            modules[EMBEDS] = self._model.embedding
-        if self._model.post_process:
-            modules[FINAL] = self._model.decoder.final_layernorm
         return StageRecorder(
-            modules=modules,
+            modules=captured_modules(self._model, self._weight_map.layer_offset, capture.aux_layer_ids),
             hidden_size=self.hidden_size,
             chosen=choose_captured(num_bytes, capture.max_bytes, self._num_updates),
             layout=self.layout,
             sequence_parallel=self.megatron_config.sequence_parallel,
-            head_VH=self._head_copy() if self._model.post_process else None,
+            head_VH=copy_of_head(self._model, self.layout) if self._model.post_process else None,
         )
-
-    def _head_copy(self) -> torch.Tensor:
-        """The whole output layer as it is now, [V, H]."""
-        part = self._model.output_layer.weight
-        if part is None:  # tied, and the embedding is on this stage
-            part = self._model.shared_embedding_or_output_weight()
-        part = part.detach()
-        return all_gather_cat(part, self.layout.tp.group, dim=0) if self.layout.vocab_group else part.clone()
 
     # ---- weights and state ----
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from draft_models.layers import inverse_frequencies, rope_parameters
+from draft_models.layers import RopeTable, inverse_frequencies, rope_parameters, rope_table
 from trainer.config import ConfigError, PolicyConfig
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -126,6 +126,11 @@ def rope_frequencies(hf_config: Mapping[str, Any], head_dim: int) -> torch.Tenso
         raise ConfigError(f"config.json: {error}") from error
     except KeyError as error:
         raise ConfigError(f"config.json: rope settings of type {rope['rope_type']} lack {error}") from error
+
+
+def rope_of(hf_config: Mapping[str, Any], head_dim: int, dtype: torch.dtype, device: torch.device) -> RopeTable:
+    """cos and sin of every position that the checkpoint knows."""
+    return rope_table(hf_config["max_position_embeddings"], rope_frequencies(hf_config, head_dim), dtype, device)
 
 
 def transformer_settings(hf_config: Mapping[str, Any]) -> dict[str, Any]:

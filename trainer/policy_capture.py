@@ -59,6 +59,26 @@ def choose_captured(num_bytes: Mapping[int, int], max_bytes: int, turn: int) -> 
     return frozenset(chosen)
 
 
+def captured_modules(model: nn.Module, layer_offset: int, aux_layer_ids: Sequence[int]) -> dict[str, nn.Module]:
+    """Those of this pipeline stage (a GPTModel whose layer 0 is `layer_offset` of all) whose outputs are recorded."""
+    layers = model.decoder.layers
+    modules = {aux_name(k): layers[k - layer_offset] for k in aux_layer_ids if 0 <= k - layer_offset < len(layers)}
+    if model.pre_process:
+        modules[EMBEDS] = model.embedding
+    if model.post_process:
+        modules[FINAL] = model.decoder.final_layernorm
+    return modules
+
+
+def copy_of_head(model: nn.Module, layout: RankLayout) -> torch.Tensor:
+    """The last stage's output layer as it is now, whole, [V, H]. Collective over the tensor-parallel ranks."""
+    part = model.output_layer.weight
+    if part is None:  # tied, and the embedding is on this stage
+        part = model.shared_embedding_or_output_weight()
+    part = part.detach()
+    return all_gather_cat(part, layout.tp.group, dim=0) if layout.vocab_group else part.clone()
+
+
 @dataclass
 class StageRecorder:
     """Copies rows of the chosen samples from this pipeline stage's modules while a micro-batch runs.
