@@ -1,8 +1,8 @@
-"""Compares the stand-in index and tree ops with SGLang's own Triton kernels, which Triton's interpreter runs on the CPU.
+"""Compares the stand-in index and tree ops with SGLang's own Triton kernels, in Triton's interpreter.
 
-Run by `test_stand_in.py` in SGLang's environment, with TRITON_INTERPRET=1 and the stand-ins on PYTHONPATH; random cases from
-a seed. Prints one line a kernel and fails at the first difference. Not compared: the attention ops, `copy_all_layer_kv_cache`
-and `build_draft_decode_metadata`.
+Run by `test_stand_in.py` in SGLang's environment, with TRITON_INTERPRET=1 and the stand-ins on PYTHONPATH; random
+cases from a seed. Prints one line a kernel and fails at the first difference. Not compared: the attention ops,
+`copy_all_layer_kv_cache` and `build_draft_decode_metadata`.
 """
 
 import random
@@ -86,7 +86,7 @@ def accepted_slots(rng: random.Random) -> Case:
 
 
 def random_tree(rng: random.Random, topk: int, num_steps: int, n: int) -> tuple[list[int], list[int]]:
-    """(selected candidates, parent list) as the draft's beam search lays them out: candidate c of group g is g*topk + c."""
+    """(selected candidates, parent list) as the draft's beam search lays them out; c is in group c // topk."""
     parent_list, num_candidates, first = [-1, *range(topk)], topk, 0
     for step in range(1, num_steps):
         first = 0 if step == 1 else topk + (step - 2) * topk * topk

@@ -1,7 +1,7 @@
 """Lets torchvision's wheel, built for CUDA, be imported beside a CPU torch.
 
-Its `_C.so` cannot be loaded then, and its Python half asks for the schemas of two ops. They are declared just before its
-import; nothing calls them.
+Its `_C.so` cannot be loaded then, and its Python half asks for the schemas of two ops. They are declared just before
+its import; nothing calls them.
 """
 
 import sys

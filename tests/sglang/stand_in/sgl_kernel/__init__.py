@@ -1,4 +1,4 @@
-"""Test-only stand-in for the CPU build of `sgl_kernel`, in plain torch. The README beside this package says what it is for.
+"""Test-only stand-in for the CPU build of `sgl_kernel`, in plain torch. See the README beside it.
 
 `SLIPSTREAM_STAND_IN=forbid` makes every op raise: a server that runs so shows that it needs none of them.
 """

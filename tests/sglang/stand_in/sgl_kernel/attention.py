@@ -25,7 +25,7 @@ def extend_attention(
     scale,
     *features_and_mask,
 ):
-    """The last `extend_seq_lens` tokens of each request attend to all of its tokens, whose K and V are stored already."""
+    """The last `extend_seq_lens` tokens of each request attend to all of its tokens; K and V are stored already."""
     *features, tree_mask, is_causal = features_and_mask
     _refuse_unwritten(k_scale, v_scale, *features)
     columns = (req_pool_indices, seq_lens, extend_seq_lens, extend_start_loc)

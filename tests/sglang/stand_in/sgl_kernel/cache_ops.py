@@ -1,4 +1,4 @@
-"""Which KV slot belongs to which token. `req_to_token` [requests, context] holds the slots of every request, in order."""
+"""Which KV slot belongs to which token. `req_to_token` [requests, context] holds the slots of every request."""
 
 import ctypes
 

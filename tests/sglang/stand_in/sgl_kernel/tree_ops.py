@@ -1,7 +1,7 @@
 """Trees of draft tokens. A request has n nodes; node 0 is the last token that is already certain.
 
-`next_token[i]` is the first child of node i and `next_sibling[i]` the next child of its parent, or -1; `retrieve_index[i]`
-is its row in the batch's flat arrays.
+`next_token[i]` is the first child of node i and `next_sibling[i]` the next child of its parent, or -1;
+`retrieve_index[i]` is its row in the batch's flat arrays.
 """
 
 import torch
