@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from random import Random
@@ -30,7 +30,7 @@ from benchmarks.rollout_runs import ArmRun, arm_row, joined
 from draft_models.randomness import request_seed
 from rollout_engine.config import RolloutConfig
 from rollout_engine.sglang_engine import SGLangEngine
-from rollout_engine.types import EngineError, RolloutEngine, RolloutRequest, SamplingParams, SpecStats
+from rollout_engine.types import RolloutEngine, RolloutRequest, SamplingParams, SpecStats
 from trainer.config_load import load_config, parse_flags
 from trainer.data import load_prompts
 from trainer.hf_files import read_config
@@ -41,38 +41,39 @@ ANCHORS = ("engine", "http")  # SGLang's offline engine; one POST to the server 
 OURS = "slipstream"
 # What a server is told, or decides by itself, that an engine beside it must be told too; and every flag of the user
 DIRECT_SETTINGS = (
-    *(
-        "model_path",
-        "skip_tokenizer_init",
-        "device",
-        "dtype",
-        "context_length",
-        "max_running_requests",
-        "max_total_tokens",
-    ),
-    *(
-        "mem_fraction_static",
-        "attention_backend",
-        "sampling_backend",
-        "grammar_backend",
-        "page_size",
-        "chunked_prefill_size",
-    ),
-    *(
-        "disable_radix_cache",
-        "disable_overlap_schedule",
-        "disable_cuda_graph",
-        "enable_memory_saver",
-        "decode_log_interval",
-    ),
-    *("cuda_graph_max_bs_decode", "disable_prefill_cuda_graph", "stream_interval", "speculative_algorithm"),
-    *(
-        "speculative_draft_model_path",
-        "speculative_num_steps",
-        "speculative_eagle_topk",
-        "speculative_num_draft_tokens",
-    ),
-    *("speculative_use_rejection_sampling", "speculative_attention_mode", "speculative_draft_attention_backend"),
+    "model_path",
+    "skip_tokenizer_init",
+    "device",
+    "dtype",
+    "context_length",
+    "max_running_requests",
+    "max_total_tokens",
+    "mem_fraction_static",
+    "attention_backend",
+    "sampling_backend",
+    "grammar_backend",
+    "page_size",
+    "chunked_prefill_size",
+    "disable_radix_cache",
+    "disable_overlap_schedule",
+    "disable_cuda_graph",
+    "enable_memory_saver",
+    "decode_log_interval",
+    "cuda_graph_max_bs_decode",
+    "disable_prefill_cuda_graph",
+    "stream_interval",
+    "speculative_algorithm",
+    "speculative_draft_model_path",
+    "speculative_num_steps",
+    "speculative_eagle_topk",
+    "speculative_num_draft_tokens",
+    "base_gpu_id",
+    "speculative_ngram_min_bfs_breadth",
+    "speculative_ngram_max_bfs_breadth",
+    "speculative_ngram_max_trie_depth",
+    "speculative_use_rejection_sampling",
+    "speculative_attention_mode",
+    "speculative_draft_attention_backend",
 )
 MEM_FRACTION_STATIC = 0.1  # of a GPU, unless a flag says otherwise: several servers share it
 
@@ -91,6 +92,7 @@ class Arm:
     driver: str  # OURS, or of ANCHORS
     run: Callable[[Sequence[RolloutRequest]], ArmRun]
     flush: Callable[[], None]
+    about: Mapping[str, Any] = field(default_factory=dict)  # its SGLang, for the row
 
     @property
     def name(self) -> str:
@@ -181,7 +183,7 @@ def rows_of(arms: Sequence[Arm], runs: Mapping[str, Sequence[ArmRun]]) -> list[d
     rows = []
     for arm in arms:
         mine = runs[arm.name]
-        row = arm_row(arm.spec, mine, runs.get(f"none/{arm.driver}")) | {"driver": arm.driver}
+        row = arm_row(arm.spec, mine, runs.get(f"none/{arm.driver}")) | {"driver": arm.driver, **arm.about}
         if arm.driver == OURS:
             row |= {"sampled_entropy": sampled_entropy(mine)}
         for anchor in ANCHORS:
@@ -225,6 +227,8 @@ def show(out: Console, rows: Sequence[dict[str, Any]], args: argparse.Namespace)
         )
     out.print(table)
     out.print(f"{args.seeds} seeds, real EOS, at most {args.max_new_tokens} new tokens, log-probs on in every arm")
+    for different in {str(row["setting_differences"]) for row in rows if row.get("setting_differences")}:
+        out.print(f"NOT SET ALIKE, [server, offline engine]: {different}", markup=False)
 
 
 def start_arms(args: argparse.Namespace, prompts: PromptSet, work_dir: Path, stack: ExitStack) -> list[Arm]:
@@ -245,18 +249,19 @@ def start_arms(args: argparse.Namespace, prompts: PromptSet, work_dir: Path, sta
         )
         stack.callback(engine.close)
         http = DirectHttp(engine.address, prompts.eos_token_ids)
-        arms.append(Arm(spec, OURS, partial(run_wave, engine), http.flush))
+        about = about_server(http.settings())
+        arms.append(Arm(spec, OURS, partial(run_wave, engine), http.flush, about))
         if spec not in args.direct_spec:
             continue
         if "http" in args.direct:
-            arms.append(Arm(spec, "http", http.run, http.flush))
+            arms.append(Arm(spec, "http", http.run, http.flush, about))
         if "engine" in args.direct:
             arms.append(start_direct(spec, config, http, folder, stack))
     return arms
 
 
 def start_direct(spec: str, config: RolloutConfig, http: DirectHttp, folder: Path, stack: ExitStack) -> Arm:
-    """SGLang's offline engine with the settings of the server behind `http`. EngineError when they came apart."""
+    """SGLang's offline engine with the settings of the server behind `http`; the rows say what differs all the same."""
     settings = http.settings()
     given = {name: settings[name] for name in (*DIRECT_SETTINGS, *config.sglang) if settings.get(name) is not None}
     python = config.sglang_python or sys.executable
@@ -266,10 +271,14 @@ def start_direct(spec: str, config: RolloutConfig, http: DirectHttp, folder: Pat
         environment["SGLANG_USE_CPU_ENGINE"] = "1"
     direct = DirectEngine(python, given, http.eos_token_ids, folder / "direct.log", environment)
     stack.callback(direct.close)
-    different = setting_differences(settings, direct.settings())
-    if different:
-        raise EngineError(f"{spec}: server and offline engine are not set alike, [server, engine]: {different}")
-    return Arm(spec, "engine", direct.run, direct.flush)
+    about = about_server(direct.settings())
+    about |= {"setting_differences": setting_differences(settings, direct.settings())}
+    return Arm(spec, "engine", direct.run, direct.flush, about)
+
+
+def about_server(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Version and backends, without which a figure says little."""
+    return {f"sglang_{name}": settings.get(name) for name in ("version", "attention_backend", "sampling_backend")}
 
 
 def measure_all(args: argparse.Namespace) -> list[dict[str, Any]]:
