@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from draft_models import head_loss, losses, text_attention
 from draft_models.eagle3 import Eagle3
@@ -241,6 +242,27 @@ def test_bfloat16_products_stay_near_float32() -> None:
     torch.testing.assert_close(rough.overlap_K, exact.overlap_K, rtol=0.02, atol=0)
     assert torch.nn.functional.cosine_similarity(exact_grad, rough_grad, dim=0) > 0.995
     assert float(rough_grad.norm() / exact_grad.norm()) == pytest.approx(1, abs=0.02)
+
+
+class ProductDtypes(TorchDispatchMode):
+    """The dtypes of every matrix product's operands."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[torch.dtype] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.bmm, torch.ops.aten.addmm):
+            self.seen |= {x.dtype for x in args if isinstance(x, Tensor)}
+        return func(*args, **(kwargs or {}))
+
+
+def test_all_products_are_bfloat16_when_asked() -> None:
+    half = torch.bfloat16
+    samples = [random_sample(24, 4, seed, dtype=half) for seed in range(3)]
+    with ProductDtypes() as products:
+        draft_loss(small_draft(), batch_of(samples), 3, 0.8, product_dtype=half).loss_sum.backward()
+    assert products.seen == {half}
 
 
 def test_samples_of_two_forwards_make_no_batch() -> None:
