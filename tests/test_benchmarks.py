@@ -291,15 +291,23 @@ def test_a_session_goes_on_after_a_failed_stage(
     assert session(tmp_path, monkeypatch, {"good": commands["good"]})[0] == 0
 
 
-def test_a_command_over_its_time_ends_with_all_that_it_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_command_leaves_no_process_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     pulse = tmp_path / "pulse"
     child = f"import time\nwhile True: open({str(pulse)!r}, 'a').write('.'); time.sleep(0.01)"
-    code = f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {child!r}]); time.sleep(600)"
-    status, log = session(tmp_path, monkeypatch, {"slow": python(code, limit_s=5.0)})
-    assert status == 1 and "over time" in log and pulse.exists()
+    code = (
+        "import os, subprocess, sys, time\n"
+        f"subprocess.Popen([sys.executable, '-c', {child!r}])\n"
+        f"while not os.path.exists({str(pulse)!r}): time.sleep(0.01)"
+    )
+    assert session(tmp_path, monkeypatch, {"careless": python(code)})[0] == 0
     beats = pulse.stat().st_size
     time.sleep(0.5)
     assert pulse.stat().st_size == beats
+
+
+def test_a_command_over_its_time_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    status, log = session(tmp_path, monkeypatch, {"slow": python("import time; time.sleep(600)", limit_s=0.5)})
+    assert status == 1 and "over time" in log
     assert "no time left" in session(tmp_path, monkeypatch, {"late": python("")}, "--limit-s", "1")[1]
 
 
