@@ -181,6 +181,7 @@ def _options() -> Iterator[tuple[str, dict[str, Any]]]:
     yield "--draft-tokens", {"type": int, "help": "tokens of one of them"}
     yield "--offline-steps", {"type": int, "help": "rollouts that the offline draft learns from"}
     yield "--engine", {"choices": ("sglang", "torch"), "help": "who serves the rollouts"}
+    yield "--sglang-python", {"help": "interpreter of SGLang's environment; default: this one"}
     yield "--dtype", {"help": "of policy and engine"}
     yield "--size", {"help": "preset of make-model"}
     yield "--max-tokens-per-gpu", {"type": int, "help": "of one packed micro-batch of the policy's update"}

@@ -79,7 +79,7 @@ class Plan:
     warm_start_s: float = 150.0
     warm_start_steps: int = 0  # instead of seconds
     warm_start_lr: float = 1e-3
-    warm_start_tokens: int = 32_768  # of a batch
+    warm_start_tokens: int = 8192  # of a batch: steps, more than tokens, are what the warm start is short of
     steps: int = 15
     short_steps: int = 8  # of the arm that is there for comparison only
     prompts: int = 32
@@ -94,6 +94,7 @@ class Plan:
     offline_steps: int = 8  # rollouts of the start policy that the offline draft learns from
     offline_updates: int = 16  # on each of them
     reduced_vocab: int = 1024
+    sglang_python: str = ""  # interpreter of SGLang's environment; "" = this one
     allow_lossy: bool = False  # SGLang on a CPU verifies greedily: for rehearsals there, never for figures
     sglang: dict[str, Any] = field(default_factory=dict)  # further server flags
 
@@ -192,6 +193,7 @@ def rollout_config(plan: Plan, arm: Arm, draft: Path | None, address: str = "", 
         controller="fixed",
         sglang_address=address,
         sync_dir=sync_dir,
+        sglang_python=plan.sglang_python,
         allow_lossy=plan.allow_lossy,
     )
 

@@ -31,7 +31,7 @@ LOADER_WORKERS = 8
 
 def make_shape(plan: Plan, place: Place) -> Path:
     """The policy with random weights, for servers to start with: they need shapes, and get weights from each run."""
-    out = place.work / "shape"
+    out = place.work / "shape" / place.policy.name  # a run is attached to a server of a policy of its own name only
     if not out.exists():
         make_model(model_config(plan, out, trained=False))
     return out

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import rl_on_gpu, rl_on_gpu_arms, rl_on_gpu_report, rl_on_gpu_start
+from benchmarks import rl_on_gpu, rl_on_gpu_arms, rl_on_gpu_report, rl_on_gpu_start, sglang_kernels
 from benchmarks.rl_on_gpu_analysis import (
     Response,
     RunRecord,
@@ -250,8 +250,8 @@ def test_the_command_goes_on_where_it_was_cut_off(tmp_path: Path, small: None, m
             raise KeyboardInterrupt
         return device_copy_s(num_bytes)
 
-    monkeypatch.setattr(rl_on_gpu_arms, "device_copy_s", cut_off_in_the_third_run)
-    with pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(rl_on_gpu_arms, "device_copy_s", cut_off_in_the_third_run)
         rl_on_gpu.main(command)
     done = {path.name: path.stat().st_mtime_ns for path in (work / "done").iterdir()}
     assert set(done) == {"offline-0", "none-0"}
@@ -284,3 +284,36 @@ def test_without_time_nothing_begins_and_it_says_so(tmp_path: Path, small: None,
     said = capsys.readouterr().out
     assert "0 of 7 runs are done" in said and "no time for none-0 frozen-0 online-0" in said
     assert (tmp_path / "o" / "summary.md").read_text().count("Start policy") == 1
+
+
+# ---- the kernels' table ----
+
+
+def test_a_kernel_row_says_what_accept_length_would_be_needed():
+    def several(rate: float, tokens_per_verify: float) -> list[sglang_kernels.Decoding]:
+        return [sglang_kernels.Decoding(rate * factor, tokens_per_verify) for factor in (0.9, 1.0, 1.1)]
+
+    found = {"none": several(1000.0, 1.0), "rejection": several(500.0, 3.0)}
+    plain, fast = sglang_kernels.rows_of(found, 8, sglang_kernels.LABEL)
+    assert plain["step_ms"] == pytest.approx(8.0) and "speed_vs_plain" not in plain
+    assert fast["step_ms"] == pytest.approx(48.0)  # 8 requests x 3 tokens at 500 tokens/s
+    assert fast["needed_tokens_per_verify"] == pytest.approx(6.0) == fast["step_ms"] / plain["step_ms"]
+    assert fast["speed_vs_plain"].mean == pytest.approx(0.5) and "simulated" in fast["label"]
+
+
+def test_the_arms_of_the_kernels_differ_in_speculation_alone(tmp_path: Path):
+    args = sglang_kernels.parse(["--arms", "none,rejection,target_only"])
+    plain, rejection, target_only = (sglang_kernels.engine_settings(args, arm, tmp_path) for arm in args.arms)
+    for settings in (rejection, target_only):
+        assert {name: settings[name] for name in plain} == plain
+        assert all("speculative" in name for name in settings.keys() - plain.keys())
+    assert max(plain["cuda_graph_bs_decode"]) == plain["max_running_requests"] == 128
+    sizes = [json.loads((tmp_path / f"draft-{arm}" / "config.json").read_text()) for arm in args.arms[1:]]
+    assert [size["draft_vocab_size"] for size in sizes] == [151_936, 32_000]  # rejection needs all of it
+
+
+@pytest.mark.parametrize("wrong", [["--arms", "rejection"], ["--arms", "none,ngram"], ["--simulate", "5"]])
+def test_the_kernels_refuse_what_cannot_be_compared(wrong: list[str], capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit):
+        sglang_kernels.parse(wrong)
+    assert wrong[0] in capsys.readouterr().err

@@ -110,9 +110,9 @@ def test_the_ledger_finds_its_own_answers_right_and_its_reward_by_name():
 
 
 def test_the_ledgers_demonstrations_slip_at_the_stated_rate_and_go_on_from_what_they_wrote():
-    words = tuple(["2", "one", "a", "13", "1", "two", "a", "15"])
+    words = ("2", "one", "a", "13", "1", "two", "a", "15")
     assert with_slips(Random(0), words, 0.0) == words
-    assert with_slips(Random(0), words, 1.0) == tuple(["2", "one", "a", "14", "1", "two", "a", "17"])
+    assert with_slips(Random(0), words, 1.0) == ("2", "one", "a", "14", "1", "two", "a", "17")
     task = get_task("ledger")
     rows = range(WARM_START_START, WARM_START_START + 1000)
     right = sum(ledger_reward(*task.demonstration(0, i), "") for i in rows)

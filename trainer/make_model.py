@@ -20,6 +20,7 @@ from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -252,7 +253,9 @@ def warm_start(
 
 def _answer_loss(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
     """Mean negative log-likelihood of the answers' tokens, nats. The head runs only where an answer's token follows."""
-    input_ids_BT, labels_BT = batch.input_ids_BT.to(model.device), batch.labels_BT.to(model.device)
+    input_ids_BT, labels_BT = (
+        torch.from_numpy(array).to(model.device).long() for array in (batch.input_ids_BT, batch.labels_BT)
+    )
     hidden_BTH = model.model(input_ids=input_ids_BT, use_cache=False).last_hidden_state[:, :-1]
     is_scored_BT = labels_BT[:, 1:] != -100
     logits_NV = model.lm_head(hidden_BTH[is_scored_BT])
@@ -266,10 +269,13 @@ def _schedule(step: int, done: float) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Right-padded rows of similar lengths. No attention mask: padding stands behind everything that is scored."""
+    """Right-padded rows of similar lengths. No attention mask: padding stands behind everything that is scored.
 
-    input_ids_BT: torch.Tensor
-    labels_BT: torch.Tensor  # -100 where there is no loss
+    Arrays, because a tensor of another process would hold an open file each.
+    """
+
+    input_ids_BT: np.ndarray  # int32
+    labels_BT: np.ndarray  # int32, -100 where there is no loss
     num_tokens: int  # padding left out
 
 
@@ -317,7 +323,12 @@ def _batches(pools: Pools, num_workers: int) -> Iterator[Batch]:
     """Endless batches, the pools one after another, the batches of a pool in an order from the seed."""
     rng = Random(pools.seed)
     loader = torch.utils.data.DataLoader(
-        pools, batch_size=None, sampler=itertools.count(), num_workers=num_workers, generator=torch.Generator()
+        pools,
+        batch_size=None,
+        sampler=itertools.count(),
+        num_workers=num_workers,
+        generator=torch.Generator(),
+        multiprocessing_context="spawn" if num_workers else None,  # a fork would copy the locks of running threads
     )
     for pool in loader:
         batches = list(pool)
@@ -332,7 +343,7 @@ def _pad(rows: list[tuple[list[int], list[int]]], pad_id: int) -> Batch:
         fill = width - len(prompt) - len(answer)
         ids.append(prompt + answer + [pad_id] * fill)
         labels.append([-100] * len(prompt) + answer + [-100] * fill)
-    return Batch(torch.tensor(ids), torch.tensor(labels), sum(map(_row_length, rows)))
+    return Batch(np.array(ids, np.int32), np.array(labels, np.int32), sum(map(_row_length, rows)))
 
 
 def _write(
