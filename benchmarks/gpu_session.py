@@ -75,7 +75,10 @@ STAGES: dict[str, tuple[Command, ...]] = {
         Command((*ROLLOUT, "--spec", "none,eagle3", "--temperature", "0", "--work-dir", "{work}/overhead"), 560),
     ),
     "sync": (
-        Command((*MODULE, "benchmarks.sync", "--engine", "sglang", *MODELS, "--dtype", "bfloat16", *RESULTS), 300),
+        Command((*MODULE, "benchmarks.sync", "--engine", "sglang", "--shape", "0.6b", *RESULTS), 300),
+        Command(
+            (*MODULE, "benchmarks.sync", "--engine", "sglang", "--shape", "0.6b", "--transport", "disk", *RESULTS), 240
+        ),
     ),
     "policy": (
         Command((*MODULE, "benchmarks.policy_update", "--shape", "100m", *RESULTS), 180),

@@ -318,8 +318,8 @@ def test_the_stages_ask_for_what_the_benchmarks_know():
         filled = [gpu_session.filled(word, places) for word in command.words]
         assert filled[:2] == [sys.executable, "-m"] and not any("{" in word for word in filled)
         asked.add(filled[2])
-        if filled[2] == "benchmarks.rollout":
-            assert rollout.parse(filled[3:]).policy == Path("w/policy")
+        if filled[2].startswith("benchmarks."):
+            importlib.import_module(filled[2]).parse(filled[3:])  # exits on an argument that it does not know
     assert {"benchmarks.rollout", "benchmarks.sync", "trainer.cli", "pytest"} <= asked
 
 
