@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -200,20 +201,21 @@ def raising(error: type[BaseException]) -> Callable[..., None]:
 def test_an_engine_that_does_not_start_leaves_its_log_and_the_name_free(
     unbroken: Path, config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(*arguments: object) -> None:
+    def fail(error: type[BaseException], *arguments: object) -> None:
         work_dir = arguments[-1]
         assert isinstance(work_dir, Path)
-        work_dir.mkdir()
+        work_dir.mkdir(exist_ok=True)
         (work_dir / "engine.log").write_text("no GPU\n")
-        raise EngineError("the server ended")
+        raise error("on purpose")
 
     settings = config("run")
-    with monkeypatch.context() as patched:
-        patched.setattr(run, "build_engine", fail)
-        with pytest.raises(EngineError):
-            helpers.run(settings)
     left = Path(settings.run_dir) / "run"
-    assert [path.relative_to(left).as_posix() for path in sorted(left.rglob("*"))] == ["engine", "engine/engine.log"]
+    for error in (EngineError, KeyboardInterrupt):
+        with monkeypatch.context() as patched:
+            patched.setattr(run, "build_engine", partial(fail, error))
+            with pytest.raises(error):
+                helpers.run(settings)
+        assert [path.relative_to(left).as_posix() for path in left.rglob("*.*")] == ["engine/engine.log"]
     helpers.assert_same_run(unbroken, helpers.run(settings))
 
 

@@ -291,7 +291,7 @@ def _start_engine(config: RunConfig, inputs: Inputs, draft: Eagle3 | None, direc
 
     try:
         from_rank_zero(start)
-    except (ValueError, RuntimeError, OSError):
+    except (ValueError, RuntimeError, OSError, KeyboardInterrupt):  # a server takes a minute to start
         if rank() == 0:
             clear_unless_resumed(config, directory)
         raise
