@@ -29,7 +29,6 @@ from rollout_engine.types import (
     SamplingParams,
 )
 from sync.plan import SyncError, SyncPlan
-from sync.publish import Transport
 from sync.receiver import Bundle
 from sync.remote import RemoteTransport, connect
 
@@ -83,7 +82,7 @@ class SGLangEngine:
             server = start(config, policy, draft, self._context_length, work_dir, leaves_room=not serves_files)
         self._process, self._client, self._server_version = server.process, server.client, server.version
         self._pool = RequestPool(self._serve, self._stop, config.max_running_requests)
-        self._transport: _SteppingTransport | None = None
+        self._transport: SteppingTransport | None = None
         self._version = 0 if serves_files else -1
         self._shut_because = "" if serves_files else "no weights have been sent to it yet: publish a version first"
         self._released: list[str] = []  # kinds of memory that the server has given back
@@ -162,7 +161,7 @@ class SGLangEngine:
     # ------------------------------------------------------------ weights and memory
 
     @property
-    def transport(self) -> Transport:
+    def transport(self) -> SteppingTransport:
         """The way for weights. The first use asks the server for its tensors, and puts it at no version at all."""
         if self._transport is None:
             config = self._config
@@ -170,13 +169,13 @@ class SGLangEngine:
             exchange = Path(config.sync_dir) if config.sync_dir else self._work_dir / "sync"
             exchange.mkdir(parents=True, exist_ok=True)
             self._close_gate("no weights have been sent to it yet: publish a version first")
-            self._transport = _SteppingTransport(connect(kind, self.deliver, self._roles, exchange), self)
+            self._transport = SteppingTransport(connect(kind, self.deliver, self._roles, exchange), self)
         return self._transport
 
     def deliver(self, payload: bytes) -> None:
         """Hand `payload` to the loader of every model (`sync.wire.Deliver`), while nothing runs.
 
-        Running requests are interrupted and wait with what they have; `_SteppingTransport` lets them go on once the
+        Running requests are interrupted and wait with what they have; `SteppingTransport` lets them go on once the
         loader's verdict is known. Raises SyncError when the server cannot be reached or died of it.
         """
         begin_end = update_protocol(self._server_version)
@@ -341,7 +340,7 @@ class SGLangEngine:
             raise EngineError(f"the SGLang engine serves nothing: {self._shut_because}")
 
 
-class _SteppingTransport:
+class SteppingTransport:
     """The transport into the server; what its verdict says decides whether and as which version the engine serves."""
 
     def __init__(self, inner: RemoteTransport, engine: SGLangEngine) -> None:
@@ -350,6 +349,11 @@ class _SteppingTransport:
     @property
     def plan(self) -> SyncPlan:
         return self._inner.plan
+
+    @property
+    def version(self) -> int:
+        """The last version that arrived whole; -1 before any."""
+        return self._inner.version
 
     @property
     def phases_s(self) -> Mapping[str, float]:

@@ -214,7 +214,7 @@ def test_known_flags_are_read_without_importing(tmp_path: Path, layout: str) -> 
 def test_flags_get_the_names_of_their_fields(tmp_path: Path) -> None:
     known = known_flags(write_package(tmp_path / "sglang", "old"))
     assert canonical({"tensor-parallel-size": 1, "model": "m"}, known, "0.5.15") == {"tp_size": 1, "model_path": "m"}
-    with pytest.raises(EngineConfigError, match="mem_fraction_statik: .*has no such flag, did you mean mem_fr"):
+    with pytest.raises(EngineConfigError, match=r"mem_fraction_statik: .*has no such flag, did you mean mem_fr"):
         canonical({"mem_fraction_statik": 0.3}, known, "0.5.15")
     with pytest.raises(EngineConfigError, match="given twice"):
         canonical({"tp_size": 1, "tensor_parallel_size": 1}, known, "0.5.15")

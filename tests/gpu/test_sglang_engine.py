@@ -1,0 +1,306 @@
+"""SGLang on a GPU through its engine: EAGLE-3 with rejection sampling, syncs, memory given back, and no leftovers.
+
+Small random bfloat16 models; nothing here depends on time. The servers run in the interpreter of the tests.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from draft_models.checkpoint import save_draft
+from draft_models.config import DraftConfig
+from draft_models.eagle3 import Eagle3, Eagle3Config
+from rollout_engine.config import RolloutConfig
+from rollout_engine.decoder import Decoder
+from rollout_engine.kv_cache import KVCache
+from rollout_engine.sglang_engine import SGLangEngine
+from rollout_engine.types import (
+    EngineError,
+    FinishReason,
+    RolloutRequest,
+    Sample,
+    SamplingParams,
+    SpecStats,
+    VersionSpan,
+)
+from sync.publish import publish
+from tests.rollout_engine_helpers import save_hf_model
+from tests.test_server_process import wait_for
+
+DEVICE = "cuda"
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA"),
+    pytest.mark.skipif(importlib.util.find_spec("sglang") is None, reason="needs SGLang: pip install '.[sglang]'"),
+]
+ROOT = Path(__file__).resolve().parents[2]
+VOCAB, SLOTS, EOS = 512, 8, 511
+Weights = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Models:
+    policy: Path
+    draft: Path
+
+    def weights(self) -> tuple[Weights, Weights]:
+        draft = load_file(self.draft / "model.safetensors")
+        return load_file(self.policy / "model.safetensors"), draft
+
+    def moved(self, folder: Path) -> Models:
+        """Other weights of the same sizes, saved under `folder`."""
+        moved = Models(folder / "policy", folder / "draft")
+        for number, (source, target) in enumerate(((self.policy, moved.policy), (self.draft, moved.draft))):
+            target.mkdir(parents=True)
+            for path in source.iterdir():
+                if path.suffix == ".json":
+                    (target / path.name).write_bytes(path.read_bytes())
+            generator = torch.Generator().manual_seed(number)
+            weights = {
+                name: (tensor.float() + 0.1 * tensor.float().std() * torch.randn(tensor.shape, generator=generator)).to(
+                    tensor.dtype
+                )
+                for name, tensor in load_file(source / "model.safetensors").items()
+            }
+            save_file(weights, target / "model.safetensors", metadata={"format": "pt"})
+        return moved
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
+    """Head size 64, which every attention backend has; logits spread so that sampling is neither flat nor certain."""
+    folder = tmp_path_factory.mktemp("models")
+    sizes = {"vocab_size": VOCAB, "hidden_size": 256, "intermediate_size": 512, "head_dim": 64}
+    model = save_hf_model(folder / "policy", max_position_embeddings=1024, eos_token_id=EOS, **sizes)
+    model.to(torch.bfloat16).save_pretrained(folder / "policy")
+    config = json.loads((folder / "policy" / "config.json").read_text())
+    draft = Eagle3(Eagle3Config.from_target(config, DraftConfig()), seed=5)
+    with torch.no_grad():  # a draft that proposes the frequent tokens, so that some are accepted
+        draft.lm_head.weight.mul_(3.0)
+    save_draft(draft.to(torch.bfloat16), folder / "draft")
+    return Models(folder / "policy", folder / "draft")
+
+
+def make_engine(models: Models, work_dir: Path, *, serves_files: bool = False, **changes: Any) -> SGLangEngine:
+    settings = {
+        "engine": "sglang",
+        "device": DEVICE,
+        "dtype": "bfloat16",
+        "max_running_requests": SLOTS,
+        "temperature": 1.0,
+        "speculative_algorithm": "EAGLE3",
+        "speculative_num_steps": 3,
+        "verify_rule": "rejection",
+        "sglang": {"mem_fraction_static": 0.15} if DEVICE == "cuda" else {},
+    }
+    config = RolloutConfig(**(settings | changes))
+    draft = models.draft if config.speculative_algorithm == "EAGLE3" else None
+    return SGLangEngine(
+        models.policy, config, draft=draft, eos_token_ids=(EOS,), work_dir=work_dir, serves_files=serves_files
+    )
+
+
+def send(engine: SGLangEngine, models: Models, version: int) -> None:
+    policy, draft = models.weights()
+    planned = engine.transport.plan.by_name
+    draft = {name: tensor for name, tensor in draft.items() if f"draft.{name}" in planned}
+    publish(policy, draft or None, engine.transport, version)
+
+
+@pytest.fixture(scope="module")
+def engine(models: Models, tmp_path_factory: pytest.TempPathFactory) -> Iterator[SGLangEngine]:
+    engine = make_engine(models, tmp_path_factory.mktemp("engine"))
+    with pytest.raises(EngineError, match="publish a version first"):
+        engine.generate(requests(1))
+    send(engine, models, 0)
+    engine.warm_up()
+    yield engine
+    pids = server_pids(engine)
+    engine.close()
+    assert not any(map(psutil.pid_exists, pids))
+
+
+def server_pids(engine: SGLangEngine) -> list[int]:
+    """Of this process's servers; the supervisor is the parent of all that belongs to one."""
+    return [process.pid for process in psutil.Process().children(recursive=True)]
+
+
+def requests(num_requests: int, temperature: float = 1.0, max_new_tokens: int = 64) -> list[RolloutRequest]:
+    sampling = SamplingParams(temperature=temperature, max_new_tokens=max_new_tokens)
+    return [
+        RolloutRequest(0, i, tuple((13 * i + 7 * j + 3) % VOCAB for j in range(4 + i % 5)), sampling)
+        for i in range(num_requests)
+    ]
+
+
+def collect(samples: Iterable[Sample]) -> dict[int, Sample]:
+    found: dict[int, Sample] = {}
+    for sample in samples:
+        assert sample.request.sample_id not in found
+        found[sample.request.sample_id] = sample
+    return found
+
+
+def one_by_one(engine: SGLangEngine, num_requests: int) -> list[Sample]:
+    """Greedy, each alone, so that no two engines see different batches."""
+    return [next(iter(list(engine.generate([request])))) for request in requests(num_requests, temperature=0.0)]
+
+
+def total(samples: Iterable[Sample]) -> SpecStats:
+    return sum((sample.spec for sample in samples), SpecStats())
+
+
+@torch.no_grad()
+def teacher_forced(models: Models, sample: Sample) -> torch.Tensor:
+    """[R, V] log-probs of a float32 forward of the embedded engine's decoder over prompt and response, at T of 1."""
+    decoder = Decoder.from_hf(models.policy, torch.float32, torch.device(DEVICE))
+    config, prompt_len = decoder.config, len(sample.request.prompt_ids)
+    text = [*sample.request.prompt_ids, *sample.token_ids]
+    cache = KVCache(config.num_layers, 1, config.num_kv_heads, config.head_dim, decoder.embed)
+    cache.reserve(len(text))
+    positions = torch.arange(len(text), device=DEVICE)[None]
+    out = decoder.forward(torch.tensor([text], device=DEVICE), positions, cache.view(1, len(text)))
+    return decoder.logits(out.hidden_BMH)[0, prompt_len - 1 : -1].log_softmax(-1).cpu()
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.0])
+def test_logprobs_are_those_of_a_teacher_forced_forward(
+    engine: SGLangEngine, models: Models, temperature: float
+) -> None:
+    """Within what bfloat16 costs against float32; a wrong temperature, position or version is off by whole nats."""
+    send(engine, models, engine.transport.version + 1)
+    samples = collect(engine.generate(requests(2 * SLOTS, temperature)))
+    assert samples.keys() == set(range(2 * SLOTS))
+    differences = []
+    for sample in samples.values():
+        laws = teacher_forced(models, sample)
+        tokens = torch.tensor(sample.token_ids)
+        differences.append((laws.gather(1, tokens[:, None])[:, 0] - torch.tensor(sample.logprobs)).abs())
+        if temperature == 0:
+            behind = laws.max(-1).values - laws.gather(1, tokens[:, None])[:, 0]
+            assert behind.max() < 0.3, "a greedy token is the best one, up to rounding"
+    difference = torch.cat(differences)
+    assert difference.mean() < 0.03 and difference.max() < 0.4, (difference.mean(), difference.max())
+
+
+def test_statistics_count_every_token(engine: SGLangEngine, models: Models) -> None:
+    send(engine, models, engine.transport.version + 1)
+    for sample in collect(engine.generate(requests(SLOTS))).values():
+        spec, num_tokens = sample.spec, len(sample.token_ids)
+        emitted = 1 + spec.num_accepted + spec.num_verify_steps
+        assert num_tokens <= emitted <= num_tokens + 3, "at most the drafts behind the response's end are too many"
+        assert sum(spec.accepted_histogram) == spec.num_verify_steps == spec.proposed_by_position[0]
+
+
+def test_after_a_sync_it_equals_a_fresh_engine(engine: SGLangEngine, models: Models, tmp_path: Path) -> None:
+    moved = models.moved(tmp_path / "moved")
+    before = one_by_one(engine, 6)
+    send(engine, moved, engine.transport.version + 1)
+    after = one_by_one(engine, 6)
+    fresh_engine = make_engine(moved, tmp_path / "fresh", serves_files=True)
+    try:
+        fresh = one_by_one(fresh_engine, 6)
+    finally:
+        fresh_engine.close()
+    tokens = [sample.token_ids for sample in after]
+    assert tokens == [sample.token_ids for sample in fresh] != [sample.token_ids for sample in before]
+    assert total(after) == total(fresh), "the draft is the saved one too"
+    assert total(after).num_verify_steps > 0
+
+
+def test_a_sync_in_mid_generate_loses_nothing(engine: SGLangEngine, models: Models, tmp_path: Path) -> None:
+    version = engine.transport.version + 1
+    send(engine, models, version)
+    samples = engine.generate(requests(4 * SLOTS, max_new_tokens=400))
+    found = [next(samples)]
+    send(engine, models.moved(tmp_path / "moved"), version + 1)
+    found += samples
+    assert collect(found).keys() == set(range(4 * SLOTS))
+    assert {span.version for sample in found for span in sample.policy_versions} == {version, version + 1}
+    for sample in found:
+        assert [span.start for span in sample.policy_versions] == sorted(span.start for span in sample.policy_versions)
+        assert sample.policy_versions[0].start == 0 and sample.policy_versions[-1].end == len(sample.token_ids)
+        assert sample.finish_reason in (FinishReason.STOP, FinishReason.LENGTH)
+        assert len(sample.logprobs) == len(sample.token_ids)
+
+
+def test_abort_keeps_what_there_is(engine: SGLangEngine, models: Models) -> None:
+    version = engine.transport.version + 1
+    send(engine, models, version)
+    samples = engine.generate(requests(4 * SLOTS, max_new_tokens=900))
+    found = [next(samples)]
+    engine.abort()
+    found += samples
+    assert collect(found).keys() == set(range(4 * SLOTS))
+    aborted = [sample for sample in found if sample.finish_reason is FinishReason.ABORT]
+    assert any(not sample.token_ids for sample in aborted), "those that still waited have nothing"
+    for sample in aborted:
+        assert len(sample.logprobs) == len(sample.token_ids) < 900
+        assert sample.policy_versions == ((VersionSpan(0, len(sample.token_ids), version),) if sample.token_ids else ())
+
+
+def test_memory_is_given_back_and_filled_again(models: Models, tmp_path: Path) -> None:
+    if importlib.util.find_spec("torch_memory_saver") is None:
+        pytest.skip("needs torch_memory_saver")
+    engine = make_engine(models, tmp_path / "engine", offload=True)
+    try:
+        send(engine, models, 0)
+        before = one_by_one(engine, 4)
+        in_use_bytes = torch.cuda.mem_get_info()[0]
+        engine.offload()
+        freed_bytes = torch.cuda.mem_get_info()[0] - in_use_bytes
+        assert freed_bytes > 2**30, f"{freed_bytes} bytes came back"
+        engine.onload()
+        with pytest.raises(EngineError, match="not filled yet"):
+            engine.generate(requests(1))
+        send(engine, models, 1)
+        after = one_by_one(engine, 4)
+        assert [sample.token_ids for sample in after] == [sample.token_ids for sample in before]
+        assert total(after) == total(before)
+    finally:
+        engine.close()
+
+
+def test_kill_9_leaves_no_process_and_no_memory(models: Models, tmp_path: Path) -> None:
+    program = textwrap.dedent(f"""
+        import sys, time
+        from pathlib import Path
+        from tests.gpu.test_sglang_engine import Models, make_engine, requests
+        folder = Path(sys.argv[1])
+        models = Models(Path({str(models.policy)!r}), Path({str(models.draft)!r}))
+        engine = make_engine(models, folder / "engine", serves_files=True)
+        list(engine.generate(requests(2)))
+        (folder / "ready").touch()
+        time.sleep(600)
+    """)
+    free_bytes = torch.cuda.mem_get_info()[0] if DEVICE == "cuda" else 0
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    parent = subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], env=env)
+    try:
+        while parent.poll() is None and not (tmp_path / "ready").exists():
+            time.sleep(0.2)
+        assert parent.poll() is None, (tmp_path / "engine" / "engine.log").read_text()[-3000:]
+        pids = [process.pid for process in psutil.Process(parent.pid).children(recursive=True)]
+        assert len(pids) >= 4, "supervisor, server, scheduler, detokenizer"
+    finally:
+        parent.kill()
+        parent.wait()
+    wait_for(lambda: not any(map(psutil.pid_exists, pids)), "the end of the server's processes")
+    if DEVICE == "cuda":
+        # What another process holds comes and goes by little; the server held 15 % of the memory.
+        wait_for(lambda: torch.cuda.mem_get_info()[0] > free_bytes - 2**30, "the return of the GPU's memory")
