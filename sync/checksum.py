@@ -88,9 +88,11 @@ def _hashes(tensors: Sequence[torch.Tensor], rows: _Rows) -> torch.Tensor:
     first = 0
     for flat, count in zip(flats, rows.counts, strict=True):
         whole = flat.numel() // ROW_BYTES
-        _hash_words(flat[: whole * ROW_BYTES], hashes_R[first : first + whole])
+        if whole:
+            _hash_words(flat[: whole * ROW_BYTES], hashes_R[first : first + whole])
         if whole < count:
-            tails_NB[len(tail_rows), : flat.numel() - whole * ROW_BYTES].copy_(flat[whole * ROW_BYTES :])
+            tail = flat[whole * ROW_BYTES :] if whole else flat
+            tails_NB[len(tail_rows), : len(tail)] = tail
             tail_rows.append(first + whole)
         first += count
     tail_hashes_N = torch.empty(len(ragged), dtype=torch.int64, device=device)

@@ -46,7 +46,10 @@ class DiskTransport:
     def send(self, bundle: Bundle) -> int:
         """Raises SyncError when the disk or the engine refuses. A refused version is not left lying on the disk."""
         carrier = DiskCarrier(self.directory, self.plan, self.keep_last)
-        source = carrier.put(bundle)
+        try:
+            source = carrier.put(bundle)
+        except SyncError as error:
+            raise SyncError(f"{error}; the engine was not told, its old version serves on") from error
         try:
             serving = self.notify(Path(source["folder"]))
         except SyncError:
@@ -70,16 +73,12 @@ class DiskCarrier:
         folder = version_folder(self._directory, bundle.version)
         if folder.exists():
             raise SyncError(
-                f"sync of version {bundle.version}: {folder} exists already (remove what an earlier run left); "
-                "the old version serves on"
+                f"sync of version {bundle.version}: {folder} exists already (remove what an earlier run left)"
             )
         try:
             write_version(folder, self._plan, bundle)
         except (OSError, SafetensorError) as error:  # safetensors wraps the operating system's errors
-            raise SyncError(
-                f"sync of version {bundle.version}: {folder} not written: {error}; the engine was not told, "
-                "its old version serves on"
-            ) from error
+            raise SyncError(f"sync of version {bundle.version}: {folder} not written: {error}") from error
         self._folder = folder
         return {"kind": "disk", "folder": str(folder)}
 

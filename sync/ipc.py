@@ -45,7 +45,10 @@ class IpcCarrier:
         device = common_device(bundle.tensors)
         if self._shared is None or self._shared.device != device:
             self.close()
-            self._shared = _share(self._plan, device, self._directory)
+            on_gpu = device.type == "cuda"
+            self._shared = (
+                _share_on_gpu(self._plan, device) if on_gpu else _share_in_memory(self._plan, self._directory)
+            )
         pack(self._shared.views, bundle.tensors)
         if device.type == "cuda":
             torch.cuda.synchronize(device)  # another process is about to read: stream order ends here
@@ -60,9 +63,15 @@ class IpcCarrier:
             self._shared.file.unlink(missing_ok=True)
 
     def close(self) -> None:
-        if self._shared is not None and self._shared.file is not None:
-            self._shared.file.unlink(missing_ok=True)
-        self._shared = None
+        """Give the buckets back. Exported GPU memory is free once the engine has dropped it too, as an attach does."""
+        shared, self._shared = self._shared, None
+        if shared is None:
+            return
+        if shared.file is not None:
+            shared.file.unlink(missing_ok=True)
+        if shared.device.type == "cuda":
+            del shared
+            torch.cuda.ipc_collect()
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,22 +92,23 @@ def common_device(tensors: Mapping[str, torch.Tensor]) -> torch.device:
     return devices.pop() if devices else torch.device("cpu")
 
 
-def _share(plan: SyncPlan, device: torch.device, directory: Path) -> _SharedBuckets:
+def _share_on_gpu(plan: SyncPlan, device: torch.device) -> _SharedBuckets:
+    buckets = [torch.zeros(size, dtype=torch.uint8, device=device) for size in bucket_sizes_bytes(plan)]
+    source = {
+        "kind": "cuda",
+        "key": uuid.uuid4().hex,
+        "device_uuid": str(torch.cuda.get_device_properties(device).uuid),
+        "buckets": [_export(bucket) for bucket in buckets],
+    }
+    return _SharedBuckets(device, buckets, bucket_views(plan, buckets), source)
+
+
+def _share_in_memory(plan: SyncPlan, directory: Path) -> _SharedBuckets:
     sizes = bucket_sizes_bytes(plan)
-    if device.type == "cuda":
-        buckets = [torch.zeros(size, dtype=torch.uint8, device=device) for size in sizes]
-        source = {
-            "kind": "cuda",
-            "key": uuid.uuid4().hex,
-            "device_uuid": str(torch.cuda.get_device_properties(device).uuid),
-            "buckets": [_export(bucket) for bucket in buckets],
-        }
-        return _SharedBuckets(device, buckets, bucket_views(plan, buckets), source)
     file = _make_file(directory, sum(sizes))
-    flat = torch.from_file(str(file), shared=True, size=sum(sizes), dtype=torch.uint8)
-    buckets = flat.split(sizes)
-    source: Source = {"kind": "file", "key": str(file), "sizes_bytes": sizes}
-    return _SharedBuckets(device, buckets, bucket_views(plan, buckets), source, file)
+    buckets = torch.from_file(str(file), shared=True, size=sum(sizes), dtype=torch.uint8).split(sizes)
+    source = {"kind": "file", "key": str(file), "sizes_bytes": sizes}
+    return _SharedBuckets(torch.device("cpu"), buckets, bucket_views(plan, buckets), source, file)
 
 
 def _make_file(directory: Path, num_bytes: int) -> Path:

@@ -93,11 +93,9 @@ def _attach(message: Message, models: Mapping[str, nn.Module]) -> Verdict:
         views = draft_views(models["draft"], models["policy"])
         destinations |= {f"draft.{name}": view for name, view in views.items()}
         fixed = {f"draft.{name}": values for name, values in draft_maps(models["draft"]).items()}
-    _state.receiver = WeightReceiver(destinations, -1, fixed=fixed, dirty=True)
-    tensors = [
-        (spec.full_name, spec.shape, str(spec.dtype).removeprefix("torch.")) for spec in _state.receiver.plan.tensors
-    ]
-    return Verdict(message.id, -1, True, tensors=tensors)
+    receiver = _state.receiver = WeightReceiver(destinations, -1, fixed=fixed, dirty=True)
+    tensors = [(spec.full_name, spec.shape, str(spec.dtype).removeprefix("torch.")) for spec in receiver.plan.tensors]
+    return Verdict(message.id, receiver.version, receiver.dirty, tensors=tensors)
 
 
 def _apply(message: Message) -> Verdict:

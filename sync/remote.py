@@ -93,12 +93,16 @@ class RemoteTransport:
         if faults:
             raise SyncError(f"sync of version {bundle.version} refused: {join_faults(faults)}; {self._serving()}")
         start_s = time.perf_counter()
+        try:
+            source = self._carrier.put(bundle)
+        except SyncError as error:
+            raise SyncError(f"{error}; the engine was not told, {self._serving()}") from error
         message = self._message(
             "apply",
             version=bundle.version,
             plan_digest=bundle.plan_digest,
             checksums=bundle.checksums,
-            source=self._carrier.put(bundle),
+            source=source,
         )
         packed_s = time.perf_counter()
         accepted, whole_version = False, self._version

@@ -300,6 +300,16 @@ def test_a_copy_that_fails_half_way_is_dirty_until_a_whole_sync(
     _goes_on(engine)
 
 
+def test_after_an_attach_nothing_is_servable_until_a_whole_version(engine: Engine) -> None:
+    engine.transport.attach()
+    assert (engine.transport.version, engine.transport.dirty) == (-1, True)
+    engine.tamper = _changed(plan_digest="")
+    assert "the engine is dirty and serves nothing until a complete sync" in _refused(engine)
+    assert engine.transport.dirty
+    engine.tamper = lambda message: message
+    _goes_on(engine)
+
+
 def test_an_engine_that_was_not_attached_refuses(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loader, "_state", loader._State())  # as after a restart
     assert "was not attached, or has restarted since" in _refused(engine)
@@ -390,7 +400,7 @@ def test_shared_memory_is_nameless_once_it_is_mapped_and_full_memory_is_an_error
 
     monkeypatch.setattr("os.posix_fallocate", full)
     error = _refused(engine, version=6)
-    assert "no room for the" in error and "sync_transport = disk" in error
+    assert "no room for the" in error and "sync_transport = disk" in error and "the engine was not told" in error
     assert list(shared.iterdir()) == []
 
 
