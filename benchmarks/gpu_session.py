@@ -69,7 +69,10 @@ MAKE_DRAFT = (
 STAGES: dict[str, tuple[Command, ...]] = {
     "tests": (Command((*MODULE, "pytest", "-m", "gpu", "-q", "--durations=10", "tests"), 560),),
     "prepare": (Command(MAKE_POLICY, 120, makes=POLICY), Command(MAKE_DRAFT, 300, makes=DRAFT)),
-    "rollout": (Command((*ROLLOUT, "--spec", "none,eagle3,ngram", "--work-dir", "{work}/rollout"), 560),),
+    # Starting a server takes most of a minute: no offline engines here
+    "rollout": (
+        Command((*ROLLOUT, "--spec", "none,eagle3,ngram", "--direct", "http", "--work-dir", "{work}/rollout"), 560),
+    ),
     # Greedy decoding gives every driver the same tokens, hence the same work: the engine's overhead without noise
     "overhead": (
         Command((*ROLLOUT, "--spec", "none,eagle3", "--temperature", "0", "--work-dir", "{work}/overhead"), 560),
