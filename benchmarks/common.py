@@ -23,7 +23,7 @@ from rich.console import Console
 
 from draft_models.eagle3 import DraftError
 from rollout_engine.hf_checkpoint import CheckpointError
-from rollout_engine.types import BadRequest, EngineConfigError
+from rollout_engine.types import BadRequest, EngineConfigError, EngineError
 from trainer.config import ConfigError, DataConfig
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -175,7 +175,7 @@ def run(main: Callable[[], None]) -> None:
     """Run a benchmark from the command line: bad input is one line and exit status 2."""
     try:
         main()
-    except (ConfigError, CheckpointError, DraftError, EngineConfigError, BadRequest) as error:
+    except (ConfigError, CheckpointError, DraftError, EngineConfigError, EngineError, BadRequest) as error:
         print(f"slipstream: error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
 

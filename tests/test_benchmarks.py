@@ -6,7 +6,6 @@ import importlib
 import io
 import json
 import math
-import re
 import sys
 import time
 from pathlib import Path
@@ -233,9 +232,12 @@ def test_an_anchor_that_does_not_start_shows_its_log(tmp_path: Path):
         rollout_anchor.DirectEngine(sys.executable, {"model_path": "x"}, (0,), tmp_path / "direct.log")
 
 
-def test_an_anchor_behind_a_dead_address_is_one_line():
-    with pytest.raises(EngineError, match=re.escape("http://127.0.0.1:9/server_info: no answer")):
-        rollout_anchor.DirectHttp("http://127.0.0.1:9", (0,))
+def test_an_anchor_behind_a_dead_address_is_one_line(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as exit_:
+        common.run(lambda: rollout_anchor.DirectHttp("http://127.0.0.1:9", (0,)))
+    said = capsys.readouterr().err
+    assert exit_.value.code == 2 and said.count("\n") == 1
+    assert said.startswith("slipstream: error: http://127.0.0.1:9/server_info: no answer")
 
 
 @pytest.mark.parametrize(
