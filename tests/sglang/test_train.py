@@ -1,0 +1,45 @@
+"""A whole run with `--engine sglang`: the loop is the same, and so is what it leaves behind."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests import loop_helpers
+from tests.sglang import helpers
+from trainer.config import RunConfig
+
+pytestmark = pytest.mark.sglang
+
+
+def on_sglang(model: Path, runs: Path, **changes: Any) -> RunConfig:
+    settings = {"engine": "sglang", "sglang_python": str(helpers.SGLANG_PYTHON), "sglang": {"sleep_on_idle": True}}
+    rollout = {f"rollout__{name}": value for name, value in settings.items()}
+    return loop_helpers.tiny_config(model, runs, "served", plain_probe_interval=0, num_rollout=2, **rollout, **changes)
+
+
+def test_a_run_is_the_same_but_for_its_engine(model: Path, tmp_path: Path) -> None:
+    changes = {"rollout__speculative_algorithm": "NONE", "num_rollout": 2, "plain_probe_interval": 0}
+    embedded = loop_helpers.run(loop_helpers.tiny_config(model, tmp_path, "embedded", **changes))
+    folder = loop_helpers.run(on_sglang(model, tmp_path, rollout__speculative_algorithm="NONE"))
+    expected, found = loop_helpers.metrics(embedded), loop_helpers.metrics(folder)
+    assert [line.keys() - {"reproducible"} for line in found] == [line.keys() for line in expected]
+    assert not any(line["reproducible"] for line in found)  # no seeds are sent
+    assert [line["policy_version"] for line in found] == [0, 1]
+    assert max(line["logp_diff_max"] for line in found) < helpers.LOGPROB_TOLERANCE
+    assert (folder / "policy" / "model.safetensors").exists() and (folder / "report.html").exists()
+
+
+def test_policy_and_draft_are_trained_served_and_resumed(model: Path, tmp_path: Path, stand_ins_allowed: None) -> None:
+    """Two steps, then a third in a new server. A CPU's SGLang accepts drafts greedily, hence allow_lossy."""
+    config = on_sglang(model, tmp_path, rollout__allow_lossy=True)
+    loop_helpers.run(config)
+    folder = loop_helpers.run(replace(config, num_rollout=3, resume=True))
+    found = loop_helpers.metrics(folder)
+    assert [(line["step"], line["policy_version"]) for line in found] == [(0, 0), (1, 1), (2, 2)]
+    assert max(line["logp_diff_max"] for line in found) < helpers.LOGPROB_TOLERANCE
+    assert all(line["accept_length"] >= 1.0 and line["draft_loss"] > 0 for line in found)
+    assert (folder / "draft" / "model.safetensors").exists()
