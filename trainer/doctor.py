@@ -30,7 +30,7 @@ _PACKAGES = (
     ("matplotlib", "matplotlib", "report.html", "pip install matplotlib"),
     ("tensorboard", "tensorboard", "event files", "pip install tensorboard"),
     ("flashinfer", "flashinfer-python", "SGLang's attention and sampling on CUDA (else Triton)", _SGLANG_MEND),
-    ("torch_memory_saver", "torch-memory-saver", "rollout.offload = true", "pip install torch-memory-saver"),
+    ("torch_memory_saver", "torch-memory-saver", "rollout.offload = true", _SGLANG_MEND),
     ("ray", "ray", "several machines (not available yet)", "pip install ray==2.60.0"),
 )
 
