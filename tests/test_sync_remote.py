@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from sync import collective
 from sync.plan import SyncError
 from sync.publish import publish
 from sync.remote import KINDS, connect
@@ -92,6 +93,25 @@ def test_bytes_that_change_on_the_way_are_refused_by_name(
     with pytest.raises(SyncError, match=f"{first} was changed on the way .*; version 3 serves on"):
         publish_seed(transport, models, seed=4, version=4)
     assert_engine_holds(engine, models, 3)
+    transport.close()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_after_a_message_that_got_lost_the_next_version_arrives(
+    kind: str, engine: EngineProcess, models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By broadcast the trainer's bytes may be under way already: whoever reads them next must not take them."""
+    monkeypatch.setattr(collective, "_GRACE_S", 0.1)
+    transport = connect(kind, engine.deliver, ROLES, tmp_path, host="127.0.0.1")
+    transport._carrier._timeout_s = 3.0
+    publish_seed(transport, models, seed=3, version=3)
+    transport._deliver = lambda payload: None
+    with pytest.raises(SyncError, match="gave no verdict"):
+        publish_seed(transport, models, seed=4, version=4)
+    assert transport.dirty
+    transport._deliver = engine.deliver
+    publish_seed(transport, models, seed=5, version=5)
+    assert_engine_holds(engine, models, 5)
     transport.close()
 
 
