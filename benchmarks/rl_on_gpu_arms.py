@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import shutil
@@ -91,7 +92,7 @@ class Plan:
     draft_lr: float = 1e-3
     draft_updates: int = 4
     draft_tokens: int = 8192  # of one update
-    offline_steps: int = 8  # rollouts of the start policy that the offline draft learns from
+    offline_steps: int = 10  # rollouts of the start policy that the offline draft learns from
     offline_updates: int = 16  # on each of them
     reduced_vocab: int = 1024
     sglang_python: str = ""  # interpreter of SGLang's environment; "" = this one
@@ -307,6 +308,7 @@ def run_arm(plan: Plan, place: Place, arm: Arm, seed: int, address: str = "") ->
     shutil.rmtree(folder, ignore_errors=True)  # of a run that was cut off: an arm starts again
     start_s = time.perf_counter()
     _train(config, folder, keep_tokens=arm == OFFLINE)
+    _give_memory_back()
     about = {
         "arm": arm.name,
         "seed": seed,
@@ -338,6 +340,13 @@ def _train(config: RunConfig, folder: Path, *, keep_tokens: bool) -> None:
             run.writer.close()
     finally:
         run.close()
+
+
+def _give_memory_back() -> None:
+    """What the run's models held, before the next run builds its own; they refer to each other in circles."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def device_copy_s(num_bytes: int, repeats: int = 9) -> float:

@@ -1,4 +1,4 @@
-"""The figure of `benchmarks.rl_on_gpu`: six panels, one PNG."""
+"""The figure of `benchmarks.rl_on_gpu`: eight panels, one PNG."""
 
 from __future__ import annotations
 
@@ -25,28 +25,37 @@ STYLE = {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True
 
 
 def draw(runs: Sequence[RunRecord], arms: Sequence[str], path: Path) -> None:
-    """Rewards, accept lengths, speed-up by live requests, seconds by phase, log-prob differences, uncertainty."""
+    """Above: reward, acceptance, speed; below: where time goes, and whether the policy is well."""
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(13, 7), layout="constrained")
-        axes = figure.subplots(2, 3)
+        figure = Figure(figsize=(16, 7), layout="constrained")
+        axes = figure.subplots(2, 4)
         _curves(axes[0, 0], runs, arms, lambda step: analysis.mean_reward(step)[0], "mean reward")
+        _curves(axes[0, 1], runs, arms, lambda step: step.metrics.get("accept_length"), "accept length (tokens/verify)")
+        _positions(axes[0, 2], runs, [name for name in arms if name != PLAIN])
+        _speedups(axes[0, 3], runs, arms)
+        _curves(axes[1, 0], runs, arms, lambda step: step.tokens / step.rollout_s, "rollout tokens/s")
+        _phases(axes[1, 1], runs, arms)
         _curves(
-            axes[0, 1], runs, arms, lambda step: step.metrics.get("accept_length"), "accept length (tokens per verify)"
+            axes[1, 2], runs, arms, lambda step: step.metrics["logp_diff_mean"], "mean |logp train - rollout|, nats"
         )
-        _speedups(axes[0, 2], runs, arms)
-        _phases(axes[1, 0], runs, arms)
-        _curves(
-            axes[1, 1],
-            runs,
-            arms,
-            lambda step: step.metrics["logp_diff_mean"],
-            "mean |logp_train - logp_rollout|, nats",
-        )
-        _curves(axes[1, 2], runs, arms, lambda step: step.metrics["entropy"], "entropy, nats (dotted: E[max p])")
-        _curves(axes[1, 2], runs, arms, lambda step: step.max_prob, linestyle=":")
+        _curves(axes[1, 3], runs, arms, lambda step: step.metrics["entropy"], "entropy, nats (dotted: E[max p])")
+        _curves(axes[1, 3], runs, arms, lambda step: step.max_prob, linestyle=":")
         handles, labels = axes[0, 0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=len(arms), frameon=False)
-        figure.savefig(path, dpi=130)
+        figure.savefig(path, dpi=110)
+
+
+def _positions(axes: Axes, runs: Sequence[RunRecord], arms: Sequence[str]) -> None:
+    """Acceptance of each draft token over steps, mean of the seeds: solid the first, fainter the later ones."""
+    for name in arms:
+        steps = [[step.metrics["accept_rate_by_position"] for step in run.steps] for run in runs if run.arm == name]
+        depth = min(len(rates) for curve in steps for rates in curve)
+        for position in range(depth):
+            mean = analysis.mean_curve([[rates[position] for rates in curve] for curve in steps])
+            axes.plot(mean, color=COLOURS[name], alpha=1 - 0.6 * position / max(1, depth - 1))
+    axes.set_title("acceptance of draft tokens 1, 2, ... (fainter)")
+    axes.set_xlabel("RL step")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
 def _curves(
@@ -83,6 +92,7 @@ def _speedups(axes: Axes, runs: Sequence[RunRecord], arms: Sequence[str]) -> Non
             axes.text(x, row.speedup.mean, f"{row.speedup.mean:.2f}", ha="center", va="bottom", fontsize=7)
     axes.axhline(1, color="black", linewidth=0.8)
     axes.set_xticks(range(len(names)), names)
+    axes.set_xlim(-0.6, len(names) - 0.4)
     axes.set_xlabel("live requests")
     axes.set_title("rollout speed against plain decoding")
 

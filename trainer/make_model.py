@@ -231,9 +231,11 @@ def warm_start(
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=config.lr, betas=(0.9, 0.95), weight_decay=0.01, fused=on_cuda or None
     )
+    batches = _batches(Pools(tokenizer, task, config), num_workers)
+    first = next(batches)  # workers take their time to start, which is not the model's
     start, num_tokens = time.perf_counter(), 0
     model.train()
-    for step, batch in enumerate(_batches(Pools(tokenizer, task, config), num_workers)):
+    for step, batch in enumerate(itertools.chain([first], batches)):
         elapsed_s = time.perf_counter() - start
         done = elapsed_s / config.warm_start_s if config.warm_start_s else step / config.warm_start_steps
         if done >= 1:
