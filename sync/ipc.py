@@ -11,6 +11,7 @@ import base64
 import os
 import tempfile
 import uuid
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,6 +50,8 @@ class IpcCarrier:
             self._shared = (
                 _share_on_gpu(self._plan, device) if on_gpu else _share_in_memory(self._plan, self._directory)
             )
+            if self._shared.file is not None:  # a trainer that ends over a refused first version must not leave it
+                weakref.finalize(self, self._shared.file.unlink, missing_ok=True)
         pack(self._shared.views, bundle.tensors)
         if device.type == "cuda":
             torch.cuda.synchronize(device)  # another process is about to read: stream order ends here

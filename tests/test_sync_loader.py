@@ -14,8 +14,9 @@ from torch import nn
 
 from sync import loader, receiver
 from sync.ipc import IpcCarrier
-from sync.plan import SyncError
+from sync.plan import SyncError, make_plan
 from sync.publish import publish
+from sync.receiver import Bundle
 from sync.remote import RemoteTransport, connect
 from sync.views import POLICIES
 from sync.wire import Message, Verdict, verdict_path
@@ -402,6 +403,15 @@ def test_shared_memory_is_nameless_once_it_is_mapped_and_full_memory_is_an_error
     error = _refused(engine, version=6)
     assert "no room for the" in error and "sync_transport = disk" in error and "the engine was not told" in error
     assert list(shared.iterdir()) == []
+
+
+def test_a_carrier_that_is_forgotten_takes_its_file_along(tmp_path: Path) -> None:
+    weights = {"policy.norm.weight": torch.ones(4)}
+    carrier = IpcCarrier(make_plan(weights), tmp_path)
+    carrier.put(Bundle(1, "", weights, {}))
+    assert len(list(tmp_path.iterdir())) == 1
+    del carrier
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_loader_needs_torch_and_sync_alone() -> None:
