@@ -14,7 +14,10 @@ from typing import NoReturn
 from trainer.config import ConfigError, RunConfig
 from trainer.suggest import nearest
 
-_BENCHMARKS = ("rollout", "sync", "draft", "step")
+_BENCHMARKS = (
+    *("rollout", "sync", "draft", "step", "policy_update", "draft_update"),
+    *("rl_on_gpu", "sglang_kernels", "gpu_session"),
+)
 _OWN_PACKAGES = ("trainer", "rollout_engine", "draft_models", "sync")
 _BAD_INPUT = 2
 
@@ -222,9 +225,9 @@ def _add_bench(commands, name: str) -> None:
     parser = _command(
         commands,
         name,
-        "measure rollouts, sync, the draft's update or a whole step",
+        "measure rollouts, sync, updates of policy and draft, a whole step, or RL with and without speculation",
         _bench,
-        usage="slipstream bench {rollout,sync,draft,step} [arguments of that benchmark]",
+        usage="slipstream bench NAME [arguments of that benchmark]",
         description="Run one benchmark: it prints a table and appends JSON lines. `slipstream bench NAME --help` lists "
         "its arguments.",
         add_help=False,

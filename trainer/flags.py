@@ -56,6 +56,9 @@ _ENGINE = (
         "--update-weight-transport", "rollout.sync_transport", "weights to SGLang: ipc, disk, broadcast or auto (ipc)"
     ),
     Flag("--update-weight-disk-dir", "rollout.sync_dir", "folder that trainer and engine both see"),
+    Flag("--sglang-python", "rollout.sglang_python", "interpreter of the environment that holds SGLang"),
+    Flag("--sglang-address", "rollout.sglang_address", "http://HOST:PORT of an SGLang server that runs already"),
+    Flag("--sglang-start-timeout-s", "rollout.sglang_start_timeout_s", "seconds until a started server must answer"),
     Flag("--allow-lossy", "rollout.allow_lossy", "accept samples that do not follow the policy's law"),
 )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -307,6 +308,7 @@ def _make_learner(config: RunConfig, draft: Eagle3, group: dist.ProcessGroup) ->
 def train(config: RunConfig) -> int:
     """Train, write the report, return the exit status."""
     if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS has no other way; read at its first use
         torch.use_deterministic_algorithms(True)
     run = build_run(config)
     try:
