@@ -48,7 +48,7 @@ from benchmarks.rl_on_gpu_start import (
 )
 from trainer.config import ConfigError
 
-START_REWARD = (0.1, 0.8)  # outside, RL has nothing to learn from, or nothing left to learn
+START_REWARD = (0.05, 0.85)  # outside, RL has nothing to learn from, or nothing left to learn
 FIRST_GUESS_S = 120.0  # of an arm, before one has been measured
 MODULE = "benchmarks.rl_on_gpu"
 

@@ -77,7 +77,7 @@ class Plan:
     vocab_size: int = 4096
     context_length: int = 1280
     model_seed: int = 0
-    warm_start_s: float = 150.0
+    warm_start_s: float = 160.0
     warm_start_steps: int = 0  # instead of seconds
     warm_start_lr: float = 1e-3
     warm_start_tokens: int = 8192  # of a batch: steps, more than tokens, are what the warm start is short of

@@ -242,7 +242,7 @@ def warm_start(
             break
         for group in optimizer.param_groups:
             group["lr"] = config.lr * _schedule(step, done)
-        with torch.autocast("cuda", torch.bfloat16, enabled=on_cuda):
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=on_cuda):
             loss = _answer_loss(model, batch)
         optimizer.zero_grad()
         loss.backward()
