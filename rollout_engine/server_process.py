@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import errno
 import os
+import random
 import socket
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from time import monotonic, sleep
 
 from rollout_engine.types import EngineError
 
+_LOWEST_PORT = 20000
 _SUPERVISOR = Path(__file__).with_name("supervise.py")
 _POLL_S = 0.25
 _STOP_TIMEOUT_S = 20.0
@@ -86,11 +88,13 @@ def log_tail(log: Path, num_lines: int = 15) -> str:
     return "\n".join(lines[-num_lines:])
 
 
-def free_port(host: str = "127.0.0.1") -> int:
-    """A TCP port that nobody listens on now."""
-    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
-        probe.bind((host, 0))
-        return int(probe.getsockname()[1])
+def free_port(host: str = "127.0.0.1", highest: int = 65535) -> int:
+    """A TCP port up to `highest` that nobody listens on now. Raises EngineError when a hundred tries find none."""
+    for _ in range(100):
+        port = random.SystemRandom().randint(_LOWEST_PORT, highest)  # no seed of a run decides, so two runs differ
+        if not port_is_taken(port, host):
+            return port
+    raise EngineError(f"no free TCP port found between {_LOWEST_PORT} and {highest}")
 
 
 def port_is_taken(port: int, host: str = "127.0.0.1") -> bool:

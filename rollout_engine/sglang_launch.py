@@ -27,6 +27,7 @@ _log = logging.getLogger(__name__)
 _PROJECT = Path(__file__).resolve().parent.parent
 _TRAINER_SHARE = 0.5  # of the free GPU memory, at most, for an engine that shares the GPU with training
 _ALONE_SHARE = 0.85  # where no training runs beside it
+_HIGHEST_PORT = 55000  # SGLang 0.5.15 takes the port 10,000 above for gRPC and refuses to start without one
 _HEALTH_TIMEOUT_S = 30.0
 _ITEMSIZE = {"float32": 4, "bfloat16": 2}
 # torchrun's variables would make SGLang's own process groups join the trainer's.
@@ -63,7 +64,7 @@ def start(
     check_sglang(replace(config, sglang=extra))  # again, because a flag may have come under another spelling
     _check_environment(config, installation, device)
     _check_files(config, policy, draft)
-    port = int(extra.get("port", 0)) or free_port()
+    port = int(extra.get("port", 0)) or free_port(highest=_HIGHEST_PORT)
     if port_is_taken(port):
         raise EngineConfigError(f"rollout.sglang.port = {port} is taken: name another, or leave it out")
     settings = server_settings(

@@ -166,36 +166,39 @@ def total(samples: Iterable[Sample]) -> SpecStats:
 
 
 @torch.no_grad()
-def teacher_forced(models: Models, sample: Sample) -> torch.Tensor:
-    """[R, V] log-probs of a float32 forward of the embedded engine's decoder over prompt and response, at T of 1."""
-    decoder = Decoder.from_hf(models.policy, torch.float32, torch.device(DEVICE))
+def teacher_forced(models: Models, sample: Sample, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """[R, V] log-probs of one forward of the embedded engine's decoder over prompt and response, at T of 1."""
+    decoder = Decoder.from_hf(models.policy, dtype, torch.device(DEVICE))
     config, prompt_len = decoder.config, len(sample.request.prompt_ids)
     text = [*sample.request.prompt_ids, *sample.token_ids]
     cache = KVCache(config.num_layers, 1, config.num_kv_heads, config.head_dim, decoder.embed)
     cache.reserve(len(text))
     positions = torch.arange(len(text), device=DEVICE)[None]
     out = decoder.forward(torch.tensor([text], device=DEVICE), positions, cache.view(1, len(text)))
-    return decoder.logits(out.hidden_BMH)[0, prompt_len - 1 : -1].log_softmax(-1).cpu()
+    return decoder.logits(out.hidden_BMH)[0, prompt_len - 1 : -1].float().log_softmax(-1).cpu()
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.0])
 def test_logprobs_are_those_of_a_teacher_forced_forward(
     engine: SGLangEngine, models: Models, temperature: float
 ) -> None:
-    """Within what bfloat16 costs against float32; a wrong temperature, position or version is off by whole nats."""
+    """Within twice what bfloat16 costs the embedded decoder; a wrong temperature, position or version costs nats."""
     send(engine, models, engine.transport.version + 1)
     samples = collect(engine.generate(requests(2 * SLOTS, temperature)))
     assert samples.keys() == set(range(2 * SLOTS))
-    differences = []
+    differences, roundings, behinds = [], [], []
     for sample in samples.values():
-        laws = teacher_forced(models, sample)
+        laws, rounded = teacher_forced(models, sample), teacher_forced(models, sample, torch.bfloat16)
         tokens = torch.tensor(sample.token_ids)
-        differences.append((laws.gather(1, tokens[:, None])[:, 0] - torch.tensor(sample.logprobs)).abs())
-        if temperature == 0:
-            behind = laws.max(-1).values - laws.gather(1, tokens[:, None])[:, 0]
-            assert behind.max() < 0.3, "a greedy token is the best one, up to rounding"
-    difference = torch.cat(differences)
-    assert difference.mean() < 0.03 and difference.max() < 0.4, (difference.mean(), difference.max())
+        exact = laws.gather(1, tokens[:, None])[:, 0]
+        differences.append((exact - torch.tensor(sample.logprobs)).abs())
+        roundings.append((exact - rounded.gather(1, tokens[:, None])[:, 0]).abs())
+        behinds.append(laws.max(-1).values - exact)
+    difference, rounding = torch.cat(differences), torch.cat(roundings)
+    assert difference.mean() < 2 * rounding.mean() < 0.3, (difference.mean(), rounding.mean())
+    assert difference.max() < 3 * rounding.max(), (difference.max(), rounding.max())
+    if temperature == 0:
+        assert torch.cat(behinds).max() < 2 * rounding.max(), "a greedy token is the best one, up to rounding"
 
 
 def test_statistics_count_every_token(engine: SGLangEngine, models: Models) -> None:
