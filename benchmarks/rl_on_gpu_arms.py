@@ -306,6 +306,7 @@ def run_arm(plan: Plan, place: Place, arm: Arm, seed: int, address: str = "") ->
     config = run_config(plan, place, arm, seed, address)
     folder = place.runs / config.name
     shutil.rmtree(folder, ignore_errors=True)  # of a run that was cut off: an arm starts again
+    print(f"{config.name}: {config.num_rollout} steps", flush=True)
     start_s = time.perf_counter()
     _train(config, folder, keep_tokens=arm == OFFLINE)
     _give_memory_back()
