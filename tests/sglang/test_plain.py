@@ -82,9 +82,12 @@ def test_logprobs_and_tokens_are_those_of_the_embedded_engine(server: Served) ->
 
 
 def test_top_k_and_top_p_keep_to_their_tokens(server: Served) -> None:
-    """Log-probs are those before the filter; tokens come from inside it, and not only the best one."""
+    """Log-probs are those before the filter; tokens come from inside it, and not only the best one.
+
+    top_k = 1 is asked at T = 1: SGLang reports its log-probs at 1, whatever T, in a batch of nothing else.
+    """
     requests = [
-        RolloutRequest(i, k, prompt, SamplingParams(1.5, top_k=k, top_p=p, max_new_tokens=20))
+        RolloutRequest(i, k, prompt, SamplingParams(1.0 if k == 1 else 1.5, top_k=k, top_p=p, max_new_tokens=20))
         for i, prompt in enumerate(helpers.prompts(3, VOCAB))
         for k, p in ((1, 1.0), (2, 1.0), (0, 0.6))
     ]
