@@ -31,6 +31,7 @@ from trainer.run import build_run
 from trainer.tasks import get_task
 
 MAX_PROB_TOKENS = 8192  # of a step, on which E[max p] is computed
+START_TIMEOUT_S = 300.0  # of a server
 RECORDS_FILE, ABOUT_FILE = "responses.jsonl", "about.json"
 
 # Graphs are captured for the same batch sizes whether an engine speculates or not.
@@ -203,7 +204,8 @@ def server_config(plan: Plan, arm: Arm, draft: Path | None) -> RolloutConfig:
     """What the server of that arm is started with; runs are attached to it."""
     sizes = SERVER_FLAGS["cuda_graph_bs_decode"]
     graphs = {**SERVER_FLAGS, "cuda_graph_bs_decode": [size for size in sizes if size <= plan.requests]}
-    return replace(rollout_config(plan, arm, draft), sglang=(graphs if torch.cuda.is_available() else {}) | plan.sglang)
+    flags = (graphs if torch.cuda.is_available() else {}) | plan.sglang
+    return replace(rollout_config(plan, arm, draft), sglang=flags, sglang_start_timeout_s=START_TIMEOUT_S)
 
 
 def run_config(plan: Plan, place: Place, arm: Arm, seed: int, address: str = "") -> RunConfig:
