@@ -78,7 +78,7 @@ class Plan:
     vocab_size: int = 4096
     context_length: int = 1280
     model_seed: int = 0
-    warm_start_s: float = 160.0
+    warm_start_s: float = 130.0
     warm_start_steps: int = 0  # instead of seconds
     warm_start_lr: float = 1e-3
     warm_start_tokens: int = 8192  # of a batch: steps, more than tokens, are what the warm start is short of
@@ -91,9 +91,9 @@ class Plan:
     lr: float = 5e-5
     max_tokens_per_gpu: int = 16_384
     draft_lr: float = 1e-3
-    draft_updates: int = 4
+    draft_updates: int = 8
     draft_tokens: int = 8192  # of one update
-    offline_steps: int = 10  # rollouts of the start policy that the offline draft learns from
+    offline_steps: int = 8  # rollouts of the start policy that the offline draft learns from
     offline_updates: int = 16  # on each of them
     reduced_vocab: int = 1024
     sglang_python: str = ""  # interpreter of SGLang's environment; "" = this one
@@ -231,6 +231,7 @@ def run_config(plan: Plan, place: Place, arm: Arm, seed: int, address: str = "")
             lr=plan.draft_lr,
             updates_per_step=plan.offline_updates if offline else plan.draft_updates,
             max_tokens_per_update=plan.draft_tokens,
+            compute_dtype=plan.dtype,
         ),
         rollout=rollout_config(plan, arm, draft, address, str(place.work / "sync") if address else ""),
         data=DataConfig(
