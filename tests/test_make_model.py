@@ -130,24 +130,32 @@ def test_impossible_numbers_are_refused(tmp_path, flag, changes):
     assert not (tmp_path / "model").exists()
 
 
-def test_batches_hold_their_tokens_and_every_demonstration_once(tmp_path):
-    config = config_for(tmp_path, task="repeat", batch_size=8, batch_tokens=200)
+def test_lines_hold_whole_demonstrations_and_have_one_shape(tmp_path):
+    config = config_for(tmp_path, task="repeat", batch_size=8, batch_tokens=600, context_length=200)
     task = module.get_task("repeat")
     tokenizer = module.train_tokenizer(task, config)
-    pools = module.Pools(tokenizer, task, config)
-    batches = pools[0] + pools[1]
-    assert all(batch.input_ids_BT.size <= 200 or len(batch.input_ids_BT) == 1 for batch in batches)
-    assert max(len(batch.input_ids_BT) for batch in batches) > 8  # short answers share a batch
-    rows = [(ids, labels) for b in batches for ids, labels in zip(b.input_ids_BT, b.labels_BT, strict=True)]
-    told = sorted(tokenizer.decode(ids[: (labels != -100).nonzero()[0][-1] + 1]) for ids, labels in rows)
+    batches = module.Pools(tokenizer, task, config)[0]
+    assert batches and all(batch.input_ids_BT.shape == (3, 200) == batch.labels_BT.shape for batch in batches)
     first = module.WARM_START_START
-    demonstrations = (task.demonstration(config.seed, i) for i in range(first, first + len(rows)))
-    assert told == sorted(prompt + answer + module.EOS for prompt, answer in demonstrations)
-    assert sum(b.num_tokens for b in batches) == sum(len(tokenizer.encode(text)) for text in told)
+    known = {
+        prompt + answer for prompt, answer in (task.demonstration(config.seed, i) for i in range(first, first + 64))
+    }
+    seen = []
+    for batch in batches:
+        for ids, labels in zip(batch.input_ids_BT, batch.labels_BT, strict=True):
+            text = ids[ids != tokenizer.pad_token_id]
+            seen += tokenizer.decode(text).split(module.EOS)[:-1]
+            answers = tokenizer.decode(labels[labels != -100]).split(module.EOS)[:-1]
+            assert answers == [told.partition("\n")[2] for told in seen[-len(answers) :]], (
+                "the loss is on answers alone"
+            )
+        assert batch.num_tokens == (batch.input_ids_BT != tokenizer.pad_token_id).sum()
+    assert len(seen) == len(set(seen)) and set(seen) <= known
+    assert len(seen) > 2 * 3 * len(batches), "several demonstrations share a line"
 
 
 def test_a_worker_prepares_the_same_batches(tmp_path):
-    config = config_for(tmp_path, batch_tokens=200)
+    config = config_for(tmp_path, batch_tokens=600)
     task = module.get_task(config.task)
     pools = module.Pools(module.train_tokenizer(task, config), task, config)
     alone, helped = (itertools.islice(module._batches(pools, workers), 12) for workers in (0, 1))

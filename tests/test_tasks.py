@@ -23,7 +23,7 @@ def test_a_problem_is_a_pure_function_of_seed_and_row(name):
 def test_answer_lengths_are_long_tailed_and_bounded(name):
     lengths = sorted(len(get_task(name).problem(0, i).answer) for i in range(2000))
     median, p99 = lengths[1000], lengths[1980]
-    assert lengths[0] >= 2 and lengths[-1] <= (60 if get_task(name).min_context == 128 else 1000)
+    assert lengths[0] >= 2 and lengths[-1] <= (60 if get_task(name).min_context == 128 else 1100)
     assert p99 >= 3 * median
 
 
@@ -60,15 +60,15 @@ def test_an_unknown_task_names_the_nearest():
 
 # ---- the ledger ----
 
-PROMPT = "steps 3 a 12 b 40 c 07 d 93\n"
+PROMPT = "steps 3 a 02 b 00 c 07 d 03\n"
 
 
 @pytest.mark.parametrize(
     "response",
     [
-        "3 one a 13 2 nine a 22 1 seven d 00",
-        " 3 tofu renu seven d 00 2 two a 14 1 kola nine d 09",  # remarks are free, and modulo 100
-        "3 five b 45 2 five b 50 1 five c 12",
+        "3 one a 03 2 nine a 02 1 seven d 00",
+        " 3 tofu renu seven d 00 2 two a 04 1 kola nine d 09",  # remarks are free, and modulo 10
+        "3 five b 05 2 five b 00 1 five c 02",
     ],
 )
 def test_a_right_ledger_is_rewarded_whatever_it_chose(response):
@@ -76,24 +76,24 @@ def test_a_right_ledger_is_rewarded_whatever_it_chose(response):
 
 
 @pytest.mark.parametrize(
-    "response",
+    ("response", "right_steps"),
     [
-        "3 one a 14 2 nine a 23 1 seven d 00",  # a wrong value
-        "3 one a 13 2 nine a 21 1 seven d 00",  # from the first value of a, not from its last
-        "3 one a 13 1 nine a 22",  # a step left out
-        "3 one a 13 2 nine a 22",  # not to its end
-        "3 one a 13 2 nine a 22 1 seven d 00 0 one a 23",  # too far
-        "3 one a 13 2 nine a 22 1 seven d 00 tofu",  # a remark behind the end
-        "3 one e 13 2 nine a 22 1 seven d 00",  # an account that is not there
-        "3 one a 13 2 nine a 22 1 seven d 0",  # a value of one digit
-        "3 one a 13 2 a nine a 22 1 seven d 00",  # an account among the remarks
-        "3 4 one a 13 2 nine a 22 1 seven d 00",  # a number among the remarks
-        "3 one a",
-        "",
+        ("3 one a 04 2 nine a 03 1 seven d 00", 0),  # a wrong value: what follows it counts no more
+        ("3 one a 03 2 nine a 01 1 seven d 00", 1),  # from the first value of a, not from its last
+        ("3 one a 03 1 nine a 02", 1),  # a step left out
+        ("3 one a 03 2 nine a 02", 2),  # not to its end
+        ("3 one a 03 2 nine a 02 1 seven d 00 0 one a 03", 2),  # too far
+        ("3 one a 03 2 nine a 02 1 seven d 00 tofu", 2),  # a remark behind the end
+        ("3 one e 03 2 nine a 02 1 seven d 00", 0),  # an account that is not there
+        ("3 one a 03 2 nine a 02 1 seven d 0", 2),  # a value of one digit
+        ("3 one a 03 2 a nine a 02 1 seven d 00", 1),  # an account among the remarks
+        ("3 4 one a 03 2 nine a 02 1 seven d 00", 0),  # a number among the remarks
+        ("3 one a", 0),
+        ("", 0),
     ],
 )
-def test_a_wrong_ledger_is_not(response):
-    assert ledger_reward(PROMPT, response, "") == 0.0
+def test_a_ledger_is_rewarded_up_to_its_first_mistake(response, right_steps):
+    assert ledger_reward(PROMPT, response, "") == pytest.approx(right_steps / 3)
 
 
 def test_a_prompt_of_another_task_is_an_error_and_no_reward():
@@ -110,11 +110,11 @@ def test_the_ledger_finds_its_own_answers_right_and_its_reward_by_name():
 
 
 def test_the_ledgers_demonstrations_slip_at_the_stated_rate_and_go_on_from_what_they_wrote():
-    words = ("2", "one", "a", "13", "1", "two", "a", "15")
+    words = ("2", "one", "a", "03", "1", "two", "a", "05")
     assert with_slips(Random(0), words, 0.0) == words
-    assert with_slips(Random(0), words, 1.0) == ("2", "one", "a", "14", "1", "two", "a", "17")
+    assert with_slips(Random(0), words, 1.0) == ("2", "one", "a", "04", "1", "two", "a", "07")
     task = get_task("ledger")
     rows = range(WARM_START_START, WARM_START_START + 1000)
-    right = sum(ledger_reward(*task.demonstration(0, i), "") for i in rows)
+    right = sum(ledger_reward(*task.demonstration(0, i), "") == 1.0 for i in rows)
     expected = sum((1 - task.mistake_rate) ** int(task.problem(0, i).prompt.split()[1]) for i in rows)
     assert abs(right - expected) < 80  # five standard deviations of a count of 1000

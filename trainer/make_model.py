@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 
 from trainer.config import ConfigError
+from trainer.packing import pack
 from trainer.suggest import nearest
 from trainer.tasks import EVAL_START, TRAIN_START, WARM_START_START, Task, get_task
 
@@ -41,7 +42,8 @@ CHAT_TEMPLATE = (
     "{% endfor %}"
 )
 _VOCAB_MULTIPLE = 64  # so that the vocabulary divides over any small tensor-parallel size
-_BUCKET_BATCHES = 8  # batches drawn together and sorted by length, so that little of a batch is padding
+_BUCKET_BATCHES = 8  # batches drawn together and put together by length, so that little of a batch is padding
+_REPORT_EVERY = 25  # steps of a warm start on a GPU
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +87,9 @@ class MakeModelConfig:
     warm_start_steps: int = 0
     warm_start_s: float = 0.0  # > 0: stop after these seconds instead of after a number of steps
     batch_size: int = 32
-    batch_tokens: int | None = None  # padded tokens of a batch, instead of `batch_size` rows: for long-tailed answers
+    # Padded tokens of a batch, instead of `batch_size` demonstrations: lines of `context_length`, each of several
+    # demonstrations that see what stands before them. For long-tailed answers, and for a GPU.
+    batch_tokens: int | None = None
     lr: float = 3e-3
     eps_residual: float = 1.0  # scale of o_proj and down_proj in layers >= 2
     embed_scale: float = 1.0  # scale of the embedding: larger, and the residual branches weigh less against it
@@ -232,6 +236,8 @@ def warm_start(
         model.parameters(), lr=config.lr, betas=(0.9, 0.95), weight_decay=0.01, fused=on_cuda or None
     )
     batches = _batches(Pools(tokenizer, task, config), num_workers)
+    if on_cuda and config.batch_tokens is not None:
+        _compile_layers(model)
     first = next(batches)  # workers take their time to start, which is not the model's
     start, num_tokens = time.perf_counter(), 0
     model.train()
@@ -249,16 +255,29 @@ def warm_start(
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         num_tokens += batch.num_tokens
-        report(WarmStartProgress(step + 1, loss.item(), elapsed_s, num_tokens))
+        if not on_cuda or step % _REPORT_EVERY == 0:  # a loss that is read waits for the device
+            report(WarmStartProgress(step + 1, loss.item(), elapsed_s, num_tokens))
     model.eval()
 
 
+def _compile_layers(model: PreTrainedModel) -> None:
+    """A small deep model's step is bound by kernel launches. One compilation serves all layers, which are alike."""
+    for layer in model.model.layers:
+        layer.compile(dynamic=False)
+
+
 def _answer_loss(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
-    """Mean negative log-likelihood of the answers' tokens, nats. The head runs only where an answer's token follows."""
+    """Mean negative log-likelihood of the answers' tokens, nats.
+
+    On a CPU the head runs only where an answer's token follows; on a GPU choosing these would wait for the device.
+    """
     input_ids_BT, labels_BT = (
         torch.from_numpy(array).to(model.device).long() for array in (batch.input_ids_BT, batch.labels_BT)
     )
     hidden_BTH = model.model(input_ids=input_ids_BT, use_cache=False).last_hidden_state[:, :-1]
+    if model.device.type == "cuda":
+        logits_BTV = model.lm_head(hidden_BTH)
+        return F.cross_entropy(logits_BTV.flatten(0, 1).float(), labels_BT[:, 1:].flatten())
     is_scored_BT = labels_BT[:, 1:] != -100
     logits_NV = model.lm_head(hidden_BTH[is_scored_BT])
     return F.cross_entropy(logits_NV.float(), labels_BT[:, 1:][is_scored_BT])
@@ -271,7 +290,7 @@ def _schedule(step: int, done: float) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Right-padded rows of similar lengths. No attention mask: padding stands behind everything that is scored.
+    """Right-padded lines. No attention mask: padding stands behind everything that is scored.
 
     Arrays, because a tensor of another process would hold an open file each.
     """
@@ -282,7 +301,7 @@ class Batch:
 
 
 class Pools(torch.utils.data.Dataset[list[Batch]]):
-    """Item i: some batches' worth of demonstrations, sorted by length so that little of a batch is padding."""
+    """Item i: some batches' worth of demonstrations, put together so that little of a batch is padding."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, task: Task, config: MakeModelConfig) -> None:
         self._tokenizer, self._task, self._config = tokenizer, task, config
@@ -296,29 +315,37 @@ class Pools(torch.utils.data.Dataset[list[Batch]]):
         )
         eos = self._tokenizer.eos_token_id
         answers = [[*ids, eos] for ids in self._tokenizer(list(responses))["input_ids"]]
-        rows = sorted(zip(self._tokenizer(list(prompts))["input_ids"], answers, strict=True), key=_row_length)
-        return [_pad(part, self._tokenizer.pad_token_id) for part in _parts(rows, self._config)]
+        rows = list(zip(self._tokenizer(list(prompts))["input_ids"], answers, strict=True))
+        return list(_cut(_lines(rows, self._config), self._config, self._tokenizer.pad_token_id))
 
 
-def _row_length(row: tuple[list[int], list[int]]) -> int:
+Row = tuple[list[int], list[int]]  # a demonstration's prompt and answer
+
+
+def _row_length(row: Row) -> int:
     return len(row[0]) + len(row[1])
 
 
-def _parts(
-    rows: list[tuple[list[int], list[int]]], config: MakeModelConfig
-) -> Iterator[list[tuple[list[int], list[int]]]]:
-    """Cut rows of ascending length into batches: so many rows, or as many as `batch_tokens` hold (at least one)."""
-    part: list[tuple[list[int], list[int]]] = []
-    for row in rows:
-        if config.batch_tokens is None:
-            is_full = len(part) == config.batch_size
-        else:
-            is_full = (len(part) + 1) * _row_length(row) > config.batch_tokens
-        if part and is_full:
-            yield part
-            part = []
-        part.append(row)
-    yield part
+def _lines(rows: list[Row], config: MakeModelConfig) -> list[list[Row]]:
+    """The rows of the batches to be: one demonstration each, of ascending lengths; or, with `batch_tokens`, as many as
+    `context_length` holds one behind another, what is longer left out."""
+    if config.batch_tokens is None:
+        return [[row] for row in sorted(rows, key=_row_length)]
+    rows = [row for row in rows if _row_length(row) <= config.context_length]
+    (bins,) = pack([_row_length(row) for row in rows], config.context_length, 1)
+    return [[rows[i] for i in members] for members in bins]
+
+
+def _cut(lines: list[list[Row]], config: MakeModelConfig, pad_id: int) -> Iterator[Batch]:
+    """Batches of `batch_size` lines; with `batch_tokens` all of one shape, so that a compiled layer serves them all."""
+    if config.batch_tokens is None:
+        for start in range(0, len(lines), config.batch_size):
+            part = lines[start : start + config.batch_size]
+            yield _pad(part, pad_id, max(_row_length(row) for (row,) in part))
+        return
+    count = max(1, config.batch_tokens // config.context_length)
+    for start in range(0, len(lines) - count + 1, count):
+        yield _pad(lines[start : start + count], pad_id, config.context_length)
 
 
 def _batches(pools: Pools, num_workers: int) -> Iterator[Batch]:
@@ -338,14 +365,14 @@ def _batches(pools: Pools, num_workers: int) -> Iterator[Batch]:
         yield from batches
 
 
-def _pad(rows: list[tuple[list[int], list[int]]], pad_id: int) -> Batch:
-    width = max(map(_row_length, rows))
+def _pad(lines: list[list[Row]], pad_id: int, width: int) -> Batch:
     ids, labels = [], []
-    for prompt, answer in rows:
-        fill = width - len(prompt) - len(answer)
-        ids.append(prompt + answer + [pad_id] * fill)
-        labels.append([-100] * len(prompt) + answer + [-100] * fill)
-    return Batch(np.array(ids, np.int32), np.array(labels, np.int32), sum(map(_row_length, rows)))
+    for line in lines:
+        fill = width - sum(map(_row_length, line))
+        ids.append([token for prompt, answer in line for token in (*prompt, *answer)] + [pad_id] * fill)
+        labels.append([label for prompt, answer in line for label in (*[-100] * len(prompt), *answer)] + [-100] * fill)
+    num_tokens = sum(_row_length(row) for line in lines for row in line)
+    return Batch(np.array(ids, np.int32), np.array(labels, np.int32), num_tokens)
 
 
 def _write(

@@ -2,10 +2,10 @@
 
 The prompt gives four accounts and a number of steps. A response counts the steps down; in each it may remark something,
 in words of a small random language, then chooses an amount and an account, and writes that account's new value modulo
-100:
+10:
 
-    steps 3 a 12 b 40 c 07 d 93
-     3 tofu renu seven a 19 2 two a 21 1 kola nine c 16
+    steps 3 a 02 b 04 c 07 d 03
+     3 tofu renu seven a 09 2 two a 01 1 kola nine c 06
 
 Remarks, amounts and accounts are the writer's choice, so many different responses are right; what uncertainty there
 is, is that of the choice. A new value follows from the same account's last one, which may stand far back. The number of
@@ -15,7 +15,7 @@ steps is long-tailed, for 20 to 1000 tokens, and the prompt sets it: a policy ca
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import accumulate
+from itertools import accumulate, takewhile
 from random import Random
 
 from trainer.tasks.base import Problem, long_tailed
@@ -23,7 +23,7 @@ from trainer.tasks.base import Problem, long_tailed
 ACCOUNTS = ("a", "b", "c", "d")
 AMOUNTS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 MAX_STEPS = 180
-_MODULUS = 100
+_MODULUS = 10
 
 # The writer's habits: what is usual in real text is likely, and the rest is not negligible.
 _AMOUNT_WEIGHTS = tuple(accumulate(0.45**i for i in range(len(AMOUNTS))))
@@ -84,7 +84,9 @@ def with_slips(rng: Random, words: Sequence[str], rate: float) -> tuple[str, ...
 
 
 def ledger_reward(prompt: str, response: str, label: str) -> float:
-    """1 when every step is there, counted down to 1, with the right new value, and nothing follows; else 0.
+    """The share of the steps that are right, each with all before it; the whole 1 only when nothing follows the last.
+
+    A step is right when it has the next number of the count-down and the right new value.
 
     `label` is one right response, and others are as right. Raises ValueError for a prompt that is not a ledger's.
     """
@@ -93,7 +95,10 @@ def ledger_reward(prompt: str, response: str, label: str) -> float:
         raise ValueError(f"not a ledger's prompt: {prompt!r}")
     values = {account: int(value) for account, value in zip(opening[::2], opening[1::2], strict=True)}
     rest = iter(response.split())
-    return float(all(_is_right_step(rest, count, values) for count in range(int(steps), 0, -1)) and not list(rest))
+    num_steps = int(steps)
+    right = sum(takewhile(bool, (_is_right_step(rest, count, values) for count in range(num_steps, 0, -1))))
+    too_long = right == num_steps and next(rest, None) is not None
+    return (right - too_long) / num_steps
 
 
 def _is_right_step(rest: Iterator[str], count: int, values: dict[str, int]) -> bool:
