@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from itertools import accumulate, pairwise
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -13,7 +14,14 @@ import torch.nn.attention.varlen
 from torch import Tensor
 
 from trainer import policy_attention
-from trainer.policy_attention import Kernel, PackedLayout, attention_function, attention_name, choose_kernel
+from trainer.policy_attention import (
+    Kernel,
+    PackedLayout,
+    attention_function,
+    attention_name,
+    choose_kernel,
+    installed_kernels,
+)
 
 LENGTHS, HEADS, GROUPS, HEAD_DIM, SCALE = (3, 1, 7), 4, 2, 8, 0.3
 EVERYTHING = frozenset(Kernel)
@@ -31,6 +39,33 @@ def test_the_best_kernel_that_can_run_is_chosen() -> None:
 
 def test_the_name_says_which() -> None:
     assert attention_name(torch.bfloat16, torch.device("cpu")) == "torch scaled-dot-product attention, padded"
+
+
+@pytest.mark.parametrize(
+    ("files", "is_there"),
+    [
+        ({}, False),
+        ({"cute/__init__.py": ""}, False),  # flash-attn-4 alone: a namespace package with another library in it
+        ({"__init__.py": "", "flash_attn_interface.py": ""}, True),
+        ({"__init__.py": "raise ImportError('undefined symbol')", "flash_attn_interface.py": ""}, False),
+    ],
+    ids=["absent", "flash-attn-4", "flash-attn", "built for another torch"],
+)
+def test_flash_attn_is_known_by_the_module_that_is_called(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files: dict[str, str], is_there: bool
+) -> None:
+    for name, text in files.items():
+        path = tmp_path / "flash_attn" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "flash_attn", raising=False)
+    installed_kernels.cache_clear()
+    try:
+        assert (Kernel.FLASH_ATTN in installed_kernels()) == is_there
+    finally:
+        installed_kernels.cache_clear()
+        sys.modules.pop("flash_attn", None)
 
 
 def one_by_one(query: Tensor, key: Tensor, value: Tensor, ends: list[int], scale: float) -> Tensor:
@@ -88,9 +123,10 @@ def test_every_kernel_is_asked_for_the_same_attention(monkeypatch: pytest.Monkey
     """The CUDA kernels are stood in for by plain attention with their signatures: what is tested is the call."""
     chosen = Kernel.PADDED_SDPA
     if kernel == "flash_attn":
-        chosen, module = Kernel.FLASH_ATTN, ModuleType("flash_attn")
+        chosen, module = Kernel.FLASH_ATTN, ModuleType("flash_attn.flash_attn_interface")
         monkeypatch.setattr(module, "flash_attn_varlen_func", fake_flash_attn, raising=False)
-        monkeypatch.setitem(sys.modules, "flash_attn", module)
+        monkeypatch.setitem(sys.modules, "flash_attn", ModuleType("flash_attn"))
+        monkeypatch.setitem(sys.modules, "flash_attn.flash_attn_interface", module)
     elif kernel != "padded":
         chosen = Kernel.TORCH_VARLEN
         monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", kernel)

@@ -51,11 +51,20 @@ def choose_kernel(
 def installed_kernels() -> frozenset[Kernel]:
     """What this Python has, whether or not the machine can run it."""
     found = {Kernel.PADDED_SDPA}
-    if importlib.util.find_spec("flash_attn") is not None:
+    if _has_flash_attn():
         found.add(Kernel.FLASH_ATTN)
     if importlib.util.find_spec("torch.nn.attention.varlen") is not None:
         found.add(Kernel.TORCH_VARLEN)
     return frozenset(found)
+
+
+def _has_flash_attn() -> bool:
+    """Whether FlashAttention-2's functions are there. The module is asked for, not the package: flash-attn-4, which
+    SGLang brings, puts another library into a namespace package of the same name."""
+    try:
+        return importlib.util.find_spec("flash_attn.flash_attn_interface") is not None
+    except ImportError:  # no such package, or one that was built for another torch and does not load
+        return False
 
 
 def kernel_for(dtype: torch.dtype, device: torch.device, head_dim: int) -> Kernel:
@@ -98,7 +107,7 @@ def attention_function(kernel: Kernel) -> Attention:
 def _flash_attn(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: PackedLayout, scale: float | None
 ) -> torch.Tensor:
-    from flash_attn import flash_attn_varlen_func
+    from flash_attn.flash_attn_interface import flash_attn_varlen_func
 
     out: torch.Tensor = flash_attn_varlen_func(
         query,
