@@ -1,0 +1,182 @@
+"""With which flags a server is started, and what of its memory is asked for."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from rollout_engine.config import RolloutConfig
+from rollout_engine.memory import MemoryNeed, count_parameters, memory_needed, static_fraction
+from rollout_engine.sglang_flags import check_draft_fits, command_line, server_settings
+from rollout_engine.types import EngineConfigError
+
+PLAIN = RolloutConfig(engine="sglang", speculative_algorithm="NONE", max_running_requests=128)
+EAGLE3 = replace(PLAIN, speculative_algorithm="EAGLE3", speculative_num_steps=3)
+POLICY, DRAFT = Path("/models/policy"), Path("/models/draft")
+
+
+def settings(config: RolloutConfig, device: str = "cuda", **overrides: Any) -> dict[str, Any]:
+    given: dict[str, Any] = {
+        "device": device,
+        "context_length": 1000,
+        "port": 30000,
+        "mem_fraction_static": 0.4,
+        "has_flashinfer": True,
+        "has_tokenizer": True,
+        "extra": config.sglang,
+    }
+    draft = DRAFT if config.speculative_algorithm == "EAGLE3" else None
+    return server_settings(config, POLICY, draft, **(given | overrides))
+
+
+def test_flags_of_plain_decoding() -> None:
+    found = settings(PLAIN)
+    assert found["max_running_requests"] == found["cuda_graph_max_bs_decode"] == 128
+    assert found["context_length"] == 1008, "SGLang itself ends two tokens before its context is full"
+    assert found["max_total_tokens"] >= 128 * 1000
+    assert (found["attention_backend"], found["sampling_backend"]) == ("flashinfer", "flashinfer")
+    assert found["grammar_backend"] == "none" and found["custom_weight_loader"] == ["sync.loader.load"]
+    assert found["mem_fraction_static"] == 0.4 and not found["skip_tokenizer_init"]
+    assert not [name for name in found if name.startswith("speculative")] and "enable_memory_saver" not in found
+    without = settings(PLAIN, has_flashinfer=False)
+    assert (without["attention_backend"], without["sampling_backend"]) == ("triton", "pytorch")
+
+
+def test_flags_of_eagle3() -> None:
+    found = settings(EAGLE3)
+    speculative = {name: value for name, value in found.items() if name.startswith("speculative")}
+    assert speculative == {
+        "speculative_algorithm": "EAGLE3",
+        "speculative_draft_model_path": "/models/draft",
+        "speculative_num_steps": 3,
+        "speculative_eagle_topk": 1,
+        "speculative_num_draft_tokens": 4,
+        "speculative_use_rejection_sampling": True,
+    }
+    target_only = settings(replace(EAGLE3, verify_rule="target_only"))
+    assert "speculative_use_rejection_sampling" not in target_only
+
+
+def test_flags_of_ngram() -> None:
+    found = settings(replace(PLAIN, speculative_algorithm="NGRAM", speculative_num_steps=4, ngram_max_match=8))
+    assert found["speculative_num_draft_tokens"] == 5
+    assert found["speculative_ngram_min_bfs_breadth"] == found["speculative_ngram_max_bfs_breadth"] == 1
+    assert found["speculative_ngram_max_trie_depth"] == 12
+
+
+def test_flags_of_offload() -> None:
+    assert settings(replace(PLAIN, offload=True))["enable_memory_saver"] is True
+    assert "enable_draft_weights_cpu_backup" not in settings(replace(PLAIN, offload=True))
+    assert settings(replace(EAGLE3, offload=True))["enable_draft_weights_cpu_backup"] is True
+
+
+def test_flags_on_a_cpu() -> None:
+    found = settings(PLAIN, device="cpu")
+    assert found["attention_backend"] == "torch_native" and "cuda_graph_max_bs_decode" not in found
+    greedy = replace(EAGLE3, temperature=0.0)
+    assert settings(greedy, device="cpu")["attention_backend"] == "intel_amx"
+    with pytest.raises(EngineConfigError, match=r"temperature = 1\.0 .*verifies greedily"):
+        settings(EAGLE3, device="cpu")
+    assert settings(replace(EAGLE3, allow_lossy=True), device="cpu")
+
+
+def test_a_device_index_is_passed_on() -> None:
+    assert settings(PLAIN, device="cuda:2")["base_gpu_id"] == 2
+
+
+def test_the_users_flags_win() -> None:
+    config = replace(PLAIN, sglang={"mem_fraction_static": 0.7, "attention_backend": "triton"})
+    found = settings(config)
+    assert (found["mem_fraction_static"], found["attention_backend"]) == (0.7, "triton")
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (replace(PLAIN, sglang={"custom_weight_loader": ["mine"]}), "custom_weight_loader"),
+        (replace(PLAIN, sglang={"speculative_adaptive": True}), "speculative_adaptive needs"),
+    ],
+)
+def test_flags_that_contradict_the_engine_are_refused(config: RolloutConfig, message: str) -> None:
+    with pytest.raises(EngineConfigError, match=message):
+        settings(config)
+
+
+def test_a_draft_is_given_exactly_for_eagle3() -> None:
+    given: dict[str, Any] = {"device": "cuda", "context_length": 9, "port": 1, "mem_fraction_static": None}
+    given |= {"has_flashinfer": True, "has_tokenizer": True, "extra": {}}
+    with pytest.raises(EngineConfigError, match="needs a draft folder"):
+        server_settings(EAGLE3, POLICY, None, **given)
+    with pytest.raises(EngineConfigError, match="uses no draft"):
+        server_settings(PLAIN, POLICY, DRAFT, **given)
+
+
+def test_flags_become_words() -> None:
+    words = command_line(
+        {"a_b": 1, "on": True, "off": False, "none": None, "many": [1, 2], "table": {"x": [3]}, "renamed": "y"},
+        {"renamed": "other_name"},
+    )
+    assert words == ["--a-b", "1", "--on", "--many", "1", "2", "--table", '{"x": [3]}', "--other-name", "y"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"architectures": ["LlamaForCausalLM"]}, "LlamaForCausalLMEagle3"),
+        ({"vocab_size": 90}, "vocab_size 90, the policy has 100"),
+        ({"target_hidden_size": 32}, "hidden size of the target 32, the policy has 64"),
+    ],
+)
+def test_a_draft_that_does_not_fit_is_named(change: dict[str, Any], message: str) -> None:
+    policy = {"vocab_size": 100, "hidden_size": 64}
+    draft = {"architectures": ["LlamaForCausalLMEagle3"], "vocab_size": 100, "hidden_size": 64}
+    check_draft_fits(policy, draft, Path("draft/config.json"))
+    with pytest.raises(EngineConfigError, match=message):
+        check_draft_fits(policy, draft | change, Path("draft/config.json"))
+
+
+LLAMA_8B = {
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "hidden_size": 4096,
+}
+GIB = 1024**3
+
+
+def test_memory_of_an_8b_model() -> None:
+    draft = LLAMA_8B | {"num_hidden_layers": 1}
+    need = memory_needed(
+        LLAMA_8B, draft, policy_params=8 * 10**9, draft_params=10**9, itemsize=2, num_slots=64, tokens_per_slot=4096
+    )
+    assert need.kv_bytes_per_token == 33 * 2 * 8 * 128 * 2
+    assert need.policy_bytes == 16 * 10**9 and need.draft_bytes == 2 * 10**9
+    assert need.kv_bytes == 64 * need.one_slot_bytes == 64 * 4096 * 135_168
+    assert "policy 14.90 GiB, draft 1.86 GiB, KV 33.00 GiB for 64 requests of 4096 tokens" in str(need)
+
+
+def test_the_share_is_what_is_needed_and_leaves_room() -> None:
+    need = MemoryNeed(10 * GIB, 1 * GIB, 1024, num_slots=16, tokens_per_slot=2**20)  # KV 16 GiB
+    assert static_fraction(need, 100 * GIB, most=0.5) == pytest.approx(27 * 1.1 / 100, abs=1e-3)
+    assert static_fraction(need, 40 * GIB, most=0.5) == 0.5, "some requests wait for KV"
+    assert static_fraction(need, 10_000 * GIB, most=0.5) == 0.1
+
+
+def test_a_gpu_that_is_too_small_is_told_in_numbers() -> None:
+    need = MemoryNeed(10 * GIB, 1 * GIB, 1024, num_slots=16, tokens_per_slot=2**20)
+    with pytest.raises(EngineConfigError, match=r"too small: 20\.00 GiB are free.*50%.*policy 10\.00 GiB, draft 1\.00"):
+        static_fraction(need, 20 * GIB, most=0.5)
+
+
+def test_parameters_are_counted_from_headers(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    save_file({"a": torch.zeros(3, 4), "b": torch.zeros(5)}, tmp_path / "model-1.safetensors")
+    save_file({"c": torch.zeros(2)}, tmp_path / "model-2.safetensors")
+    assert count_parameters(tmp_path) == 19
+    with pytest.raises(EngineConfigError, match="no safetensors"):
+        count_parameters(tmp_path / "nowhere")

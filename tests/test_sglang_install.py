@@ -1,0 +1,82 @@
+"""What is found out about an installed SGLang without importing it."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from rollout_engine.sglang_install import canonical, find_sglang, known_flags, read_version, update_protocol
+from rollout_engine.types import EngineConfigError
+
+
+def write_package(folder: Path, layout: str) -> Path:
+    """A package that declares flags as SGLang 0.5.15 ("old") or later versions ("new") do."""
+    fields = """
+from typing import Annotated as A
+class Fields:
+    model_path: A[str, Arg(help="path", aliases=["--model"])]
+    tp_size: A[int, Arg(help="GPUs", cli_name="--tensor-parallel-size", aliases=["--tp-size"])] = 1
+    mem_fraction_static: A[float, "share"] = 0.9
+"""
+    manual = """
+class ServerArgs:
+    def add_cli_args(parser):
+        parser.add_argument("--reasoning-parser", type=str, help="not --a-flag")
+"""
+    arguments = folder / "srt" / "server_args.py"
+    arguments.parent.mkdir(parents=True)
+    if layout == "old":
+        arguments.write_text(fields + manual)
+    else:
+        arguments.write_text(manual)
+        (folder / "srt" / "arg_groups" / "fields").mkdir(parents=True)
+        (folder / "srt" / "arg_groups" / "fields" / "model.py").write_text(fields)
+    return folder
+
+
+@pytest.mark.parametrize("layout", ["old", "new"])
+def test_known_flags_are_read_without_importing(tmp_path: Path, layout: str) -> None:
+    known = known_flags(write_package(tmp_path / "sglang", layout))
+    assert known["model"] == known["model_path"] == "model_path"
+    assert known["tensor_parallel_size"] == known["tp_size"] == "tp_size"
+    assert known["reasoning_parser"] == "reasoning_parser" and "a_flag" not in known
+
+
+def test_flags_get_the_names_of_their_fields(tmp_path: Path) -> None:
+    known = known_flags(write_package(tmp_path / "sglang", "old"))
+    assert canonical({"tensor-parallel-size": 1, "model": "m"}, known, "0.5.15") == {"tp_size": 1, "model_path": "m"}
+    with pytest.raises(EngineConfigError, match=r"mem_fraction_statik: .*has no such flag, did you mean mem_fr"):
+        canonical({"mem_fraction_statik": 0.3}, known, "0.5.15")
+    with pytest.raises(EngineConfigError, match="given twice"):
+        canonical({"tp_size": 1, "tensor_parallel_size": 1}, known, "0.5.15")
+
+
+@pytest.mark.parametrize(
+    ("version", "begin_end"),
+    [("0.5.15.post1", False), ("0.5.20", False), ("0.5.22", False), ("0.5.23", True), ("0.5.23.post2", True)],
+)
+def test_the_update_protocol_goes_by_the_version(version: str, begin_end: bool) -> None:
+    assert update_protocol(version) is begin_end
+
+
+@pytest.mark.parametrize("version", ["0.5.14", "0.5.24", "0.6.0", "1.0", "unknown"])
+def test_unknown_versions_are_refused(version: str) -> None:
+    with pytest.raises(EngineConfigError, match=f"SGLang {version} is not known"):
+        update_protocol(version)
+
+
+def test_the_version_is_the_packages_own(tmp_path: Path) -> None:
+    (tmp_path / "_version.py").write_text("__version__ = version = '0.5.15.post1'\n")
+    assert read_version(tmp_path) == "0.5.15.post1"
+    (tmp_path / "_version.py").write_text("")
+    with pytest.raises(EngineConfigError, match="no version"):
+        read_version(tmp_path)
+
+
+def test_sglang_that_is_not_there_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(EngineConfigError, match=r"pip install '\.\[sglang\]'.*rollout\.sglang_python"):
+        find_sglang(sys.executable)
+    with pytest.raises(EngineConfigError, match="cannot be run"):
+        find_sglang(str(tmp_path / "python"))
