@@ -1,16 +1,23 @@
-"""The whole loop on several gloo ranks takes the step that one rank takes, the draft's training included."""
+"""The whole loop on several gloo ranks takes the step that one rank takes, the draft's training included;
+a failure of one is raised by all."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
+from rollout_engine.types import EngineError
 from tests import loop_helpers as helpers
 from tests.policy_helpers import run_ranks
+from trainer import loop
+from trainer.collective import RemoteError, from_rank_zero, tensors_to_rank_zero
 from trainer.config import RunConfig
+from trainer.run import Run, build_run
 
 TP2 = {"tensor_model_parallel_size": 2}
 PP2 = {"pipeline_model_parallel_size": 2}
@@ -19,10 +26,6 @@ COMPARED = ("loss", "grad_norm", "draft_loss", "draft_grad_norm", "predicted_acc
 
 def one_step(config: RunConfig) -> tuple[dict, dict[str, torch.Tensor] | None]:
     """(metrics of step 0, the draft's gradients where the learner lives)."""
-    from trainer import loop
-    from trainer.collective import from_rank_zero
-    from trainer.run import build_run
-
     run = build_run(config)
     loop.sync_weights(run, 0)
     rollout = from_rank_zero(lambda: loop.roll_out(run, 0))
@@ -58,3 +61,79 @@ def test_ranks_take_one_ranks_step(tmp_path: Path, world: int, layouts: list[dic
     torch.save(one_step(config), tmp_path / "reference.pt")
     torch.use_deterministic_algorithms(False)
     run_ranks(world, check_layouts, replace(config, name="ranks"), tmp_path / "reference.pt", layouts)
+
+
+def raise_error(error: Exception) -> None:
+    raise error
+
+
+def check_one_line_everywhere(config: RunConfig, rank: int, break_run: Callable[[Run], None], line: str) -> None:
+    """What fails on one rank is raised there as itself and on the other as RemoteError with the same line."""
+    run = build_run(config)
+    break_run(run)
+    with pytest.raises(RuntimeError, match=line) as raised:
+        loop.train(run)
+    assert (raised.type is RemoteError) == (dist.get_rank() != rank)
+    run.close()
+
+
+def engine_dies(run: Run) -> None:
+    if run.engine is not None:
+        run.engine.generate = lambda requests: raise_error(EngineError("the engine is gone"))
+
+
+def draft_is_incomplete(run: Run) -> None:
+    if run.learner is not None:
+        tensors = run.learner.tensors
+        run.learner.tensors = lambda: {name: tensor for name, tensor in tensors().items() if name != "fc.weight"}
+
+
+def metrics_cannot_be_written(run: Run) -> None:
+    run._record = lambda *_: raise_error(RuntimeError("no number of the step"))
+
+
+def draft_cannot_be_saved(run: Run) -> None:
+    run._save_draft = lambda: raise_error(RuntimeError("no room for the draft"))
+
+
+def check_failures(config: RunConfig) -> None:
+    last = dist.get_world_size() - 1
+    failures = [
+        (0, engine_dies, "the engine is gone"),
+        (0, draft_is_incomplete, "draft.fc.weight is missing"),
+        (0, metrics_cannot_be_written, "no number of the step"),
+        (last, draft_cannot_be_saved, "no room for the draft"),
+    ]
+    for number, (rank, break_run, line) in enumerate(failures):
+        check_one_line_everywhere(replace(config, name=f"broken-{number}"), rank, break_run, line)
+
+
+def test_what_fails_on_one_rank_is_one_line_on_all(tmp_path: Path) -> None:
+    model = helpers.make_tiny_model(tmp_path / "tiny")
+    config = helpers.tiny_config(model, tmp_path / "runs", "broken", save_interval=0, num_rollout=1)
+    run_ranks(2, check_failures, config)
+
+
+def check_tensors_arrive() -> None:
+    sent = {
+        "weight": torch.arange(6.0).view(2, 3).T,
+        "d2t": torch.tensor([1, 5]),
+        "t2d": torch.tensor([True, False]),
+        "half": torch.ones(3, dtype=torch.bfloat16),
+    }
+    found = tensors_to_rank_zero(sent if dist.get_rank() == 1 else {}, torch.device("cpu"))
+    assert found.keys() == (sent.keys() if dist.get_rank() == 0 else set())
+    assert all(torch.equal(found[name], sent[name]) and found[name].dtype == sent[name].dtype for name in found)
+
+
+def test_the_draft_comes_to_the_first_rank() -> None:
+    run_ranks(2, check_tensors_arrive)
+
+
+def test_the_draft_comes_onto_the_policys_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever device the last rank has it on: two GPUs in one bundle are refused."""
+    monkeypatch.setattr("trainer.collective.world_size", lambda: 2)
+    monkeypatch.setattr("trainer.collective.rank", lambda: 0)
+    monkeypatch.setattr("trainer.collective.from_last_rank", lambda _: [("w", torch.Size([2]), torch.float32)])
+    monkeypatch.setattr("torch.distributed.recv", lambda tensor, src: None)
+    assert tensors_to_rank_zero({}, torch.device("meta"))["w"].device.type == "meta"

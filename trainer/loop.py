@@ -21,7 +21,7 @@ from rollout_engine.types import Sample
 from sync.publish import SyncReport, publish
 from trainer import metrics
 from trainer.advantages import drop_groups_without_signal, with_advantages
-from trainer.collective import from_last_rank, from_rank_zero
+from trainer.collective import from_last_rank, from_rank_zero, tensors_to_rank_zero
 from trainer.distributed import first_message
 from trainer.draft_learner import DraftUpdateError, plan_updates
 from trainer.rollouts import Rollout, evaluate, generate, make_requests, score
@@ -108,7 +108,7 @@ def _learn_or_raise_together(run: Run, step: int, samples: Sequence[Sample], cap
     message = first_message(None if refused is None else str(refused))
     if message is not None:  # ranks without a learner would wait for metrics that never come
         raise DraftUpdateError(message) from refused
-    return from_last_rank(found)
+    return from_last_rank(lambda: found)
 
 
 @contextmanager
@@ -132,7 +132,8 @@ def sync_weights(run: Run, version: int) -> SyncReport:
         policy = run.policy.export_weights()
         draft = None
         if run.capture is not None:
-            draft = from_last_rank(run.learner.tensors() if run.learner is not None else None)
+            mine = run.learner.tensors() if run.learner is not None else {}
+            draft = tensors_to_rank_zero(mine, run.policy.layout.device)
         return from_rank_zero(lambda: publish(policy, draft, run.engine.transport, version))
 
 

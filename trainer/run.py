@@ -28,7 +28,7 @@ from trainer.checkpoint import (
     save_checkpoint,
     shared_part,
 )
-from trainer.collective import from_rank_zero
+from trainer.collective import from_last_rank, from_rank_zero
 from trainer.config import ConfigError, RunConfig
 from trainer.data import DataPosition, Prompt, PromptData, load_prompts
 from trainer.distributed import init_distributed, rank, world_size
@@ -100,7 +100,10 @@ class Run:
         )
 
     def record(self, step: int, rollout: Rollout, report: SyncReport, *parts: dict[str, Any]) -> None:
-        """Write the step's metrics line and show it (rank 0)."""
+        """Write the step's metrics line and show it, on rank 0; raises on every rank when that cannot be done."""
+        from_rank_zero(lambda: self._record(step, rollout, report, *parts))
+
+    def _record(self, step: int, rollout: Rollout, report: SyncReport, *parts: dict[str, Any]) -> None:
         if self.writer is None or self.progress is None:
             return
         sync = {"sync_time_s": report.time_s, "sync_bytes": report.num_bytes, "next_version": report.version}
@@ -154,8 +157,7 @@ class Run:
         if folder is not None:
             self.next_step, counters = load_checkpoint(folder, self.parts())
             self.position = DataPosition(**counters["position"])
-        if rank() == 0:
-            cut_metrics(self.directory.metrics_file, self.next_step - 1)
+        from_rank_zero(lambda: cut_metrics(self.directory.metrics_file, self.next_step - 1))
 
     def close(self) -> None:
         """Stop the engine, and the server behind it when there is one."""
@@ -165,9 +167,12 @@ class Run:
     def export(self) -> None:
         """Policy and draft in Hugging Face form under the run's folder."""
         self.policy.save_hf(self.directory.policy)
-        if self.learner is not None and rank() == world_size() - 1:
-            with whole_folder(self.directory.draft) as folder:
-                save_draft(self.learner.draft, folder)
+        if self.capture is not None:
+            from_last_rank(self._save_draft)
+
+    def _save_draft(self) -> None:
+        with whole_folder(self.directory.draft) as folder:
+            save_draft(self.learner.draft, folder)
 
 
 def check_folder(config: RunConfig) -> RunDir:
