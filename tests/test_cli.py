@@ -68,6 +68,11 @@ def test_help_is_everywhere_and_starts_without_torch(capsys):
     assert subprocess.run([sys.executable, "-c", quick], cwd=ROOT, capture_output=True).returncode == 0
 
 
+def test_a_run_is_imported_without_what_only_its_report_needs():
+    quick = "import sys, trainer.run; sys.exit('matplotlib' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", quick], cwd=ROOT, capture_output=True).returncode == 0
+
+
 def test_a_fault_of_the_program_keeps_its_traceback(monkeypatch):
     monkeypatch.setattr("trainer.cli._dispatch", lambda argv: int("x"))
     with pytest.raises(ValueError, match="invalid literal"):

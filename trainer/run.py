@@ -38,7 +38,6 @@ from trainer.megatron_policy import CaptureSpec, MegatronPolicy
 from trainer.megatron_settings import rope_frequencies, transformer_settings
 from trainer.metrics import MetricsWriter, PhaseClock, read_metrics
 from trainer.progress import Progress
-from trainer.report import write_report
 from trainer.resume_check import check_resumed, flat_settings
 from trainer.rewards import Reward, load_reward
 from trainer.rollouts import Rollout
@@ -333,6 +332,8 @@ def train(config: RunConfig) -> int:
 
 
 def _train_on_first_rank(config: RunConfig, run: Run) -> int:
+    from trainer.report import write_report  # matplotlib, which only this rank needs, and none who only imports
+
     done = read_metrics(run.directory.metrics_file) if run.next_step else []
     resumed_at = run.next_step if config.resume else None
     with Progress(config.num_rollout, str(run.directory.path), lines=done) as progress:
