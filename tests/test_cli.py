@@ -1,5 +1,6 @@
 """The command as a user meets it: bad input gives exit status 2, one line and nothing written."""
 
+import re
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -14,8 +15,10 @@ from trainer.config import ConfigError
 from trainer.config_load import load_config
 from trainer.doctor import examine
 from trainer.make_model import PRESETS, MakeModelConfig, Shape, make_model
+from trainer.tasks import TASKS
 
 ROOT = Path(__file__).resolve().parent.parent
+SIZES = tuple(PRESETS)  # as they are: tests add their own
 
 
 def run(*arguments, cwd):
@@ -66,6 +69,13 @@ def test_help_is_everywhere_and_starts_without_torch(capsys):
     assert main([]) == main(["bench"]) == 0
     quick = "import sys, trainer.cli; sys.exit(trainer.cli.main([]) or 'torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", quick], cwd=ROOT, capture_output=True).returncode == 0
+
+
+def test_make_models_help_names_every_size_and_task(capsys):
+    with pytest.raises(SystemExit):
+        main(["make-model", "--help"])
+    words = set(re.findall(r"[\w-]+", capsys.readouterr().out))
+    assert {*SIZES, *TASKS} <= words
 
 
 def test_a_run_is_imported_without_what_only_its_report_needs():

@@ -18,6 +18,7 @@ _BENCHMARKS = (
     *("rollout", "sync", "draft", "step", "policy_update", "draft_update"),
     *("rl_on_gpu", "sglang_kernels", "gpu_session"),
 )
+_MODEL_SIZES = "3m, 10m, 30m, 100m, 100m-deep or 300m"  # make_model.PRESETS, which loads torch
 _OWN_PACKAGES = ("trainer", "rollout_engine", "draft_models", "sync")
 _BAD_INPUT = 2
 
@@ -275,6 +276,8 @@ def _doctor(namespace: argparse.Namespace, rest: list[str]) -> int:
 
 
 def _add_make_model(commands, name: str) -> None:
+    from trainer.tasks import TASKS
+
     parser = _command(
         commands,
         name,
@@ -284,8 +287,8 @@ def _add_make_model(commands, name: str) -> None:
     )
     add = parser.add_argument
     add("--out", type=Path, required=True, metavar="DIR", help="folder to write; it must not exist")
-    add("--size", default="3m", help="3m, 10m, 30m, 100m or 300m (default 3m)")
-    add("--task", default="sort", help="sort, reverse, repeat or count (default sort)")
+    add("--size", default="3m", help=f"{_MODEL_SIZES} (default 3m)")
+    add("--task", default="sort", help=f"{', '.join(TASKS)} (default sort)")
     add("--seed", type=int, default=0, help="of weights, prompts and warm start (default 0)")
     add("--model-type", default="qwen3", help="qwen3, qwen2 or llama (default qwen3)")
     add("--tie-word-embeddings", action="store_true", help="one matrix for embedding and output")
