@@ -24,6 +24,7 @@ from rich.console import Console
 from draft_models.eagle3 import DraftError
 from rollout_engine.hf_checkpoint import CheckpointError
 from rollout_engine.types import BadRequest, EngineConfigError, EngineError
+from sync.plan import SyncError
 from trainer.config import ConfigError, DataConfig
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -53,12 +54,18 @@ class Ratio:
 def paired_ratio(numerators: Sequence[float], denominators: Sequence[float]) -> Ratio:
     """Ratio of two arms measured in pairs. Student's t on the logs: noise of a machine multiplies."""
     logs = [math.log(a / b) for a, b in zip(numerators, denominators, strict=True)]
-    mean = statistics.fmean(logs)
-    if len(logs) == 1:
+    mean, half = statistics.fmean(logs), half_width_95(logs)
+    if half is None:
         return Ratio(math.exp(mean))
-    quantile = _T95[len(logs) - 2] if len(logs) - 2 < len(_T95) else 1.96
-    half = quantile * statistics.stdev(logs) / math.sqrt(len(logs))
     return Ratio(math.exp(mean), math.exp(mean - half), math.exp(mean + half))
+
+
+def half_width_95(values: Sequence[float]) -> float | None:
+    """Half of the 95 % confidence interval of the values' mean (Student's t); None from a single value."""
+    if len(values) < 2:
+        return None
+    quantile = _T95[len(values) - 2] if len(values) - 2 < len(_T95) else 1.96
+    return quantile * statistics.stdev(values) / math.sqrt(len(values))
 
 
 def interleaved(arms: Mapping[str, Callable[[int], T]], rounds: Sequence[int]) -> dict[str, list[T]]:
@@ -172,10 +179,10 @@ def data_config(args: argparse.Namespace) -> DataConfig:
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run a benchmark from the command line: bad input is one line and exit status 2."""
+    """Run a benchmark from the command line: bad input, a dead engine or a failed sync is one line, exit status 2."""
     try:
         main()
-    except (ConfigError, CheckpointError, DraftError, EngineConfigError, EngineError, BadRequest) as error:
+    except (ConfigError, CheckpointError, DraftError, EngineConfigError, EngineError, BadRequest, SyncError) as error:
         print(f"slipstream: error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
 

@@ -26,6 +26,7 @@ from benchmarks.rl_on_gpu_arms import (
     ARMS,
     MAIN_ARMS,
     OFFLINE,
+    OFFLINE_SEED,
     REHEARSAL,
     Arm,
     Place,
@@ -103,13 +104,13 @@ def prepare(plan: Plan, place: Place, jobs: Sequence[tuple[Arm, int]], servers: 
     shape = make_shape(plan, place)
     make_drafts(plan, place, shape)
     waiting = [arm for arm, seed in jobs if not is_done(place, arm, seed)]
-    if not is_done(place, OFFLINE, 0):
+    if not is_done(place, OFFLINE, OFFLINE_SEED):
         waiting.append(OFFLINE)
     servers.start(waiting, shape)
     about = make_policy(plan, place)
-    if not is_done(place, OFFLINE, 0):
-        run_arm(plan, place, OFFLINE, 0, servers.address(OFFLINE))
-    return about | start_statistics(plan, place.finished(OFFLINE, 0))
+    if not is_done(place, OFFLINE, OFFLINE_SEED):
+        run_arm(plan, place, OFFLINE, OFFLINE_SEED, servers.address(OFFLINE))
+    return about | start_statistics(plan, place.finished(OFFLINE, OFFLINE_SEED))
 
 
 def check_start(start: Mapping[str, Any], plan: Plan) -> None:
@@ -205,6 +206,8 @@ def parse(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, Plan]:
     for name in args.arms:
         if name not in ARMS:
             parser.error(f"unknown arm {name!r}; use some of {', '.join(ARMS)}")
+    if OFFLINE_SEED in args.seeds:
+        parser.error(f"seed {OFFLINE_SEED} is the offline draft's: leave it out of --seeds")
     if not set(args.arms) & set(MAIN_ARMS):
         parser.error(f"--arms needs one of {', '.join(MAIN_ARMS)}")
     return args, make_plan(args)

@@ -13,10 +13,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from benchmarks.common import Ratio, paired_ratio
+from benchmarks.common import Ratio, half_width_95, paired_ratio
 
 BUCKETS = ((1, 1), (2, 8), (9, 32), (33, 128), (129, 1 << 30))  # live requests, both ends included
 PLAIN = "none"
+NOT_A_STEP = ("time_warm_up_s", "time_eval_s", "time_checkpoint_s", "time_probe_s")  # phases beside the RL step
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +45,16 @@ class StepRecord:
     @property
     def tokens(self) -> int:
         return sum(r.tokens for r in self.responses)
+
+    @property
+    def phases_s(self) -> dict[str, float]:
+        """Seconds by `time_<phase>_s`, of all phases."""
+        return {key: float(v) for key, v in self.metrics.items() if key.startswith("time_") and key.endswith("_s")}
+
+    @property
+    def step_s(self) -> float:
+        """The RL step: its phases without evaluation, probe, checkpoint, and the engine's warm-up before the first."""
+        return math.fsum(seconds for key, seconds in self.phases_s.items() if key not in NOT_A_STEP)
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,6 +208,7 @@ class Speedup:
     tokens_per_s: Ratio
     tokens_per_s_by_seed: tuple[float, ...]  # of a seed's whole run
     makespan: Ratio
+    step: Ratio  # of the seconds of RL steps, end to end
 
 
 def speedup(runs: Sequence[RunRecord], arm: str) -> Speedup | None:
@@ -207,14 +219,20 @@ def speedup(runs: Sequence[RunRecord], arm: str) -> Speedup | None:
     pairs = [pair for a, b in zip(ours, plain, strict=True) for pair in zip(a.steps, b.steps, strict=True)]
     throughput = paired_ratio([a.tokens / a.rollout_s for a, _ in pairs], [b.tokens / b.rollout_s for _, b in pairs])
     makespan = paired_ratio([b.rollout_s for _, b in pairs], [a.rollout_s for a, _ in pairs])
+    step = paired_ratio([b.step_s for _, b in pairs], [a.step_s for a, _ in pairs])
     by_seed = tuple(tokens_per_s(a) / tokens_per_s(b) for a, b in zip(ours, plain, strict=True))
-    return Speedup(arm, len(ours), len(pairs), throughput, by_seed, makespan)
+    return Speedup(arm, len(ours), len(pairs), throughput, by_seed, makespan, step)
+
+
+def without_first(runs: Sequence[RunRecord]) -> list[RunRecord]:
+    """The runs without their first steps, which hold what is paid once: kernels are tuned, memory is first taken."""
+    return [replace(run, steps=run.steps[1:]) for run in runs if len(run.steps) > 1]
 
 
 def phase_medians_s(runs: Sequence[RunRecord]) -> dict[str, float]:
-    """Median seconds of each phase of a step, over the steps of all runs but each run's first (it warms up)."""
-    lines = [step.metrics for run in runs for step in run.steps[1:]]
-    names = dict.fromkeys(key for line in lines for key in line if key.startswith("time_") and key.endswith("_s"))
+    """Median seconds of each phase over the steps of all runs."""
+    lines = [step.phases_s for run in runs for step in run.steps]
+    names = dict.fromkeys(key for line in lines for key in line)
     return {
         name.removeprefix("time_").removesuffix("_s"): statistics.median(line.get(name, 0.0) for line in lines)
         for name in names
@@ -222,14 +240,10 @@ def phase_medians_s(runs: Sequence[RunRecord]) -> dict[str, float]:
 
 
 def draft_share(runs: Sequence[RunRecord]) -> float:
-    """The draft training's part of the seconds of all steps but each run's first."""
-    phases = [
-        {key: value for key, value in step.metrics.items() if key.startswith("time_") and key.endswith("_s")}
-        for run in runs
-        for step in run.steps[1:]
-    ]
-    total = math.fsum(sum(p.values()) for p in phases)
-    return math.fsum(p.get("time_draft_s", 0.0) for p in phases) / total if total else 0.0
+    """The draft update's part of the seconds of all RL steps."""
+    steps = [step for run in runs for step in run.steps]
+    total = math.fsum(step.step_s for step in steps)
+    return math.fsum(step.phases_s.get("time_draft_s", 0.0) for step in steps) / total if total else 0.0
 
 
 # ---- acceptance ----
@@ -298,6 +312,7 @@ class RewardTest:
     num_outside: int  # |z| > 1.96
     mean_difference: float
     difference_by_seed: tuple[float, ...]
+    half_width_95: float | None  # of the mean difference, over seeds; None from one seed
     rms_difference: float
     seed_spread: float | None
 
@@ -314,6 +329,7 @@ def reward_test(runs: Sequence[RunRecord], arm: str) -> RewardTest | None:
         zs.append([(x - y) / math.sqrt(vx + vy) if vx + vy > 0 else None for (x, vx), (y, vy) in pairs])
     every_z = [z for row in zs for z in row if z is not None]
     every = [d for row in differences for d in row]
+    by_seed = tuple(statistics.fmean(row) for row in differences)
     return RewardTest(
         arm,
         len(ours),
@@ -323,7 +339,8 @@ def reward_test(runs: Sequence[RunRecord], arm: str) -> RewardTest | None:
         _rms(every_z) if every_z else None,
         sum(abs(z) > 1.96 for z in every_z),
         statistics.fmean(every),
-        tuple(statistics.fmean(row) for row in differences),
+        by_seed,
+        half_width_95(by_seed),
         _rms(every),
         _seed_spread(plain),
     )
@@ -349,11 +366,16 @@ def _rms(values: Sequence[float]) -> float:
 
 @dataclass(frozen=True, slots=True)
 class SyncSpeed:
-    """Syncs after the first of each run, checks included, beside a plain device copy of the same bytes."""
+    """Syncs behind the first step of each run, beside a plain device copy of the same bytes.
+
+    `median_ms` is of `publish`: cast, checksums, the way there, the engine's pause, its checks and its answer.
+    `phase_ms` is of the whole phase, the export of policy and draft from the trainer included.
+    """
 
     num_syncs: int
     num_bytes: int
     median_ms: float
+    phase_ms: float
     gb_per_s: float
     copy_ms: float
 
@@ -364,9 +386,11 @@ class SyncSpeed:
 
 def sync_speed(runs: Sequence[RunRecord]) -> SyncSpeed | None:
     """None without a step behind the first."""
-    times = [float(step.metrics["sync_time_s"]) for run in runs for step in run.steps[1:]]
+    lines = [step.metrics for run in runs for step in run.steps[1:]]
+    times = [float(line["sync_time_s"]) for line in lines]
     if not times:
         return None
     num_bytes, median_s = int(runs[0].steps[0].metrics["sync_bytes"]), statistics.median(times)
     copy_s = statistics.median(float(run.about["device_copy_s"]) for run in runs)
-    return SyncSpeed(len(times), num_bytes, median_s * 1e3, num_bytes / median_s / 1e9, copy_s * 1e3)
+    phase_s = statistics.median(float(line["time_sync_s"]) for line in lines)
+    return SyncSpeed(len(times), num_bytes, median_s * 1e3, phase_s * 1e3, num_bytes / median_s / 1e9, copy_s * 1e3)

@@ -8,7 +8,7 @@ import math
 import shutil
 import statistics
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from trainer.tasks import get_task
 
 MAX_PROB_TOKENS = 8192  # of a step, on which E[max p] is computed
 START_TIMEOUT_S = 300.0  # of a server
+OFFLINE_SEED = 1_000_003  # no arm's: the offline draft must not have seen an arm's prompts in an arm's order
 RECORDS_FILE, ABOUT_FILE = "responses.jsonl", "about.json"
 
 # Graphs are captured for the same batch sizes whether an engine speculates or not.
@@ -204,7 +205,8 @@ def server_config(plan: Plan, arm: Arm, draft: Path | None) -> RolloutConfig:
     """What the server of that arm is started with; runs are attached to it."""
     sizes = SERVER_FLAGS["cuda_graph_bs_decode"]
     graphs = {**SERVER_FLAGS, "cuda_graph_bs_decode": [size for size in sizes if size <= plan.requests]}
-    flags = (graphs if torch.cuda.is_available() else {}) | plan.sglang
+    # A scheduler without work would else poll, on a core of its own: a server waits while another arm is measured.
+    flags = {"sleep_on_idle": True} | (graphs if torch.cuda.is_available() else {}) | plan.sglang
     return replace(rollout_config(plan, arm, draft), sglang=flags, sglang_start_timeout_s=START_TIMEOUT_S)
 
 
@@ -265,31 +267,57 @@ class WatchedEngine:
 
 
 class WatchedPolicy:
-    """The run's policy; appends one JSON line of responses for every update."""
+    """The run's policy; keeps what its latest update saw, until `note` appends it as one JSON line.
+
+    Apart, because an update runs inside the clock of its phase, and what the notes cost differs between arms.
+    """
 
     def __init__(self, policy: Any, engine: WatchedEngine, path: Path, *, keep_tokens: bool) -> None:
         self._policy, self._engine, self._path, self._keep_tokens = policy, engine, path, keep_tokens
+        self._latest: tuple[Sequence[Sample], Sequence[DraftSample], dict[tuple[int, int], float]] | None = None
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._policy, name)
 
     def update(self, samples: Sequence[Sample], capture: Any) -> Any:
         update = self._policy.update(samples, capture)
+        self._latest = (samples, update.draft_samples, self._engine.finish_s)
+        return update
+
+    def note(self) -> None:
+        """Write the latest update's line. To be called outside every phase."""
+        if self._latest is None:
+            return
+        samples, captured, finish_s = self._latest
+        self._latest = None  # what was captured is large
         line: dict[str, Any] = {
-            "responses": [self._response(sample) for sample in samples],
+            "responses": [_response(sample, finish_s[sample.request.key]) for sample in samples],
             "sampled_prob": statistics.fmean(math.exp(logp) for s in samples for logp in s.logprobs),
-            "max_prob": mean_max_prob(update.draft_samples),
+            "max_prob": mean_max_prob(captured),
         }
         if self._keep_tokens:
             line["token_ids"] = [list(s.token_ids) for s in samples]
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line, allow_nan=False) + "\n")
-        return update
 
-    def _response(self, sample: Sample) -> list[float]:
-        finish_s = self._engine.finish_s[sample.request.key]
-        forwards = sample.spec.num_decode_steps
-        return [sample.request.prompt_id, round(finish_s, 5), len(sample.token_ids), forwards, sample.reward or 0.0]
+
+def _response(sample: Sample, finish_s: float) -> list[float]:
+    forwards = sample.spec.num_decode_steps
+    return [sample.request.prompt_id, round(finish_s, 5), len(sample.token_ids), forwards, sample.reward or 0.0]
+
+
+class NotingWriter:
+    """The run's metrics writer; a step's line, written outside every phase, brings the policy's note with it."""
+
+    def __init__(self, writer: MetricsWriter, policy: WatchedPolicy) -> None:
+        self._writer, self._policy = writer, policy
+
+    def write(self, line: Mapping[str, Any]) -> None:
+        self._policy.note()
+        self._writer.write(line)
+
+    def close(self) -> None:
+        self._writer.close()
 
 
 @torch.no_grad()
@@ -336,10 +364,10 @@ def _train(config: RunConfig, folder: Path, *, keep_tokens: bool) -> None:
     run = build_run(config)
     try:
         engine = WatchedEngine(run.engine)
-        run.policy = WatchedPolicy(run.policy, engine, folder / RECORDS_FILE, keep_tokens=keep_tokens)
-        run.engine = engine
+        policy = WatchedPolicy(run.policy, engine, folder / RECORDS_FILE, keep_tokens=keep_tokens)
+        run.engine, run.policy = engine, policy
         with Progress(config.num_rollout, str(folder)) as progress:
-            run.progress, run.writer = progress, MetricsWriter(folder)
+            run.progress, run.writer = progress, NotingWriter(MetricsWriter(folder), policy)
             loop.train(run)
             run.writer.close()
     finally:

@@ -12,7 +12,8 @@ from matplotlib.ticker import MaxNLocator
 
 from benchmarks import rl_on_gpu_analysis as analysis
 from benchmarks.rl_on_gpu_analysis import PLAIN, RunRecord, StepRecord
-from benchmarks.rl_on_gpu_report import bucket_name, buckets
+from benchmarks.rl_on_gpu_goals import bucket_name
+from benchmarks.rl_on_gpu_report import buckets
 
 COLOURS = {"none": "#6b7280", "frozen": "#d97706", "online": "#2563eb", "target_only": "#9d5bc0"}
 LABELS = {
@@ -86,7 +87,7 @@ def _speedups(axes: Axes, runs: Sequence[RunRecord], arms: Sequence[str]) -> Non
     speculative = [name for name in arms if name != PLAIN]
     names = [bucket_name(bucket) for bucket in analysis.BUCKETS]
     for i, name in enumerate(speculative):
-        for row in buckets(runs, name):
+        for row in buckets(analysis.without_first(runs), name):
             x = names.index(bucket_name(row.bucket)) + (i - (len(speculative) - 1) / 2) * 0.25
             axes.bar(x, row.speedup.mean, width=0.23, color=COLOURS[name])
             axes.text(x, row.speedup.mean, f"{row.speedup.mean:.2f}", ha="center", va="bottom", fontsize=7)
@@ -94,11 +95,13 @@ def _speedups(axes: Axes, runs: Sequence[RunRecord], arms: Sequence[str]) -> Non
     axes.set_xticks(range(len(names)), names)
     axes.set_xlim(-0.6, len(names) - 0.4)
     axes.set_xlabel("live requests")
-    axes.set_title("rollout speed against plain decoding")
+    axes.set_title("rollout speed against plain decoding, without first steps")
 
 
 def _phases(axes: Axes, runs: Sequence[RunRecord], arms: Sequence[str]) -> None:
-    medians = {name: analysis.phase_medians_s([r for r in runs if r.arm == name]) for name in arms}
+    medians = {
+        name: analysis.phase_medians_s(analysis.without_first([r for r in runs if r.arm == name])) for name in arms
+    }
     phases = sorted(
         {p for found in medians.values() for p in found}, key=lambda p: -max(m.get(p, 0) for m in medians.values())
     )
@@ -108,5 +111,5 @@ def _phases(axes: Axes, runs: Sequence[RunRecord], arms: Sequence[str]) -> None:
         axes.barh(arms, widths, left=left, label=phase)
         left = [a + b for a, b in zip(left, widths, strict=True)]
     axes.invert_yaxis()
-    axes.set_title("seconds of a step, median")
+    axes.set_title("seconds of a step, median without the first")
     axes.legend(fontsize=7, frameon=False)

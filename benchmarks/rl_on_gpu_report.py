@@ -21,9 +21,15 @@ from benchmarks import rl_on_gpu_analysis as analysis
 from benchmarks.common import append_results, run
 from benchmarks.rl_on_gpu_analysis import PLAIN, BucketSpeed, Response, RunRecord, StepRecord
 from benchmarks.rl_on_gpu_arms import ABOUT_FILE, ARMS, OFFLINE, Place, read_record
+from benchmarks.rl_on_gpu_goals import Goal, bucket_name, goals, shortfall
 from sync.atomic import write_file
 
 RECORDS, RESULTS, SUMMARY, FIGURE = "records.json.gz", "results.jsonl", "summary.md", "figure.png"
+
+ALL_STEPS, WITHOUT_FIRST = "all", "without first"
+FIRST_STEP = (
+    "A run's first step also pays what is paid once, such as kernels that are tuned and memory that is first taken."
+)
 
 Rows = list[dict[str, Any]]
 
@@ -118,26 +124,38 @@ CURVES = (
 
 
 def finding_rows(runs: Sequence[RunRecord], arms: Sequence[str]) -> Rows:
-    """Speed-ups, buckets, phases, reward tests, syncs and the catching up, as far as the runs allow."""
+    """Speed-ups, buckets, phases, reward tests, syncs, the catching up and the goals, as far as the runs allow."""
+    rows = [{"steps": steps, **row} for steps, some in both(runs) for row in speed_rows(some, arms)]
+    for name in arms:
+        sync = analysis.sync_speed([record for record in runs if record.arm == name])
+        if sync:
+            rows.append({"kind": "sync", "arm": name, **asdict(sync), "over_copy": sync.over_copy})
+        found = analysis.reward_test(runs, name) if name != PLAIN else None
+        if found:
+            rows.append({"kind": "reward_test", **asdict(found)})
+    caught = analysis.catch_up(runs, "online", "frozen")
+    rows += [{"kind": "catch_up", **asdict(caught)}] if caught else []
+    return rows + [{"kind": "goal", **asdict(goal)} for goal in goals(runs, arms)]
+
+
+def both(runs: Sequence[RunRecord]) -> tuple[tuple[str, Sequence[RunRecord]], ...]:
+    """Over all steps, and without each run's first, by name."""
+    return (ALL_STEPS, runs), (WITHOUT_FIRST, analysis.without_first(runs))
+
+
+def speed_rows(runs: Sequence[RunRecord], arms: Sequence[str]) -> Rows:
     rows: Rows = []
     for name in arms:
         ours = [record for record in runs if record.arm == name]
+        if not ours:
+            continue
         phases = analysis.phase_medians_s(ours)
         rows.append({"kind": "phases", "arm": name, "median_s": phases, "draft_share": analysis.draft_share(ours)})
-        sync = analysis.sync_speed(ours)
-        if sync:
-            rows.append({"kind": "sync", "arm": name, **asdict(sync), "over_copy": sync.over_copy})
-        if name == PLAIN:
-            continue
-        for kind, found in (
-            ("speedup", analysis.speedup(runs, name)),
-            ("reward_test", analysis.reward_test(runs, name)),
-        ):
-            if found:
-                rows.append({"kind": kind, **asdict(found)})
-        rows += [{"kind": "bucket", "arm": name, **asdict(row)} for row in buckets(runs, name)]
-    caught = analysis.catch_up(runs, "online", "frozen")
-    return rows + ([{"kind": "catch_up", **asdict(caught)}] if caught else [])
+        found = analysis.speedup(runs, name) if name != PLAIN else None
+        if found:
+            rows.append({"kind": "speedup", **asdict(found)})
+            rows += [{"kind": "bucket", "arm": name, **asdict(row)} for row in buckets(runs, name)]
+    return rows
 
 
 def buckets(runs: Sequence[RunRecord], arm: str) -> list[BucketSpeed]:
@@ -157,6 +175,7 @@ def summary(start: Mapping[str, Any], origin: Mapping[str, Any], runs: Sequence[
         _start_text(start, origin["plan"]),
     ]
     if runs:
+        parts += [_goal_table(goals(runs, arms))]
         parts += [_speed_table(runs, arms), _bucket_table(runs, arms), _phase_table(runs, arms)]
         parts += [_accept_table(runs, arms), _reward_table(runs, arms), _agreement_table(runs, arms)]
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -176,39 +195,53 @@ def _start_text(start: Mapping[str, Any], plan: Mapping[str, Any]) -> str:
     )
 
 
+def _goal_table(found: Sequence[Goal]) -> str:
+    verdicts = {True: "met", False: "not met", None: "not decided"}
+    rows = [[goal.goal, verdicts[goal.met], goal.found] for goal in found]
+    return "## Goals\n\n" + _table(["goal", "", "found"], rows) if rows else ""
+
+
 def _speed_table(runs: Sequence[RunRecord], arms: Sequence[str]) -> str:
     rows = []
-    for name in arms:
-        ours = [record for record in runs if record.arm == name]
-        found = analysis.speedup(runs, name) if name != PLAIN else None
+    for name, steps, some in ((name, steps, some) for name in arms for steps, some in both(runs)):
+        ours = [record for record in some if record.arm == name]
+        if not ours:
+            continue
+        found = analysis.speedup(some, name) if name != PLAIN else None
         rows.append(
             [
                 name,
+                steps,
                 f"{len(ours)} x {min(len(record.steps) for record in ours)}",
                 f"{_mean([analysis.tokens_per_s(record) for record in ours]):,.0f}",
                 f"{_mean([analysis.makespan_s(record) for record in ours]):.2f}",
                 f"{found.tokens_per_s} (n {found.num_pairs})" if found else "",
                 ", ".join(f"{ratio:.2f}" for ratio in found.tokens_per_s_by_seed) if found else "",
                 str(found.makespan) if found else "",
+                str(found.step) if found else "",
             ]
         )
     head = [
         "arm",
+        "steps",
         "seeds x steps",
         "rollout tokens/s",
         "makespan s",
         "S (tokens/s)",
         "whole run, by seed",
         "S (makespan)",
+        "whole RL step, none / arm",
     ]
     told = (
         "Ratios against `none`, paired by seed and step: geometric mean [95 %, Student's t; steps of one seed are not "
-        "quite independent]."
+        "quite independent]. The whole RL step is the sum of its phases, without evaluation and checkpoint. "
+        + FIRST_STEP
     )
     return f"## Rollout speed\n\n{told}\n\n{_table(head, rows)}"
 
 
 def _bucket_table(runs: Sequence[RunRecord], arms: Sequence[str]) -> str:
+    by_arm = {name: buckets(analysis.without_first(runs), name) for name in arms if name != PLAIN}
     rows = [
         [
             name,
@@ -220,32 +253,36 @@ def _bucket_table(runs: Sequence[RunRecord], arms: Sequence[str]) -> str:
             f"{row.tokens_per_forward:.2f}",
             f"{row.needed:.2f}",
         ]
-        for name in arms
-        if name != PLAIN
-        for row in buckets(runs, name)
+        for name, found in by_arm.items()
+        for row in found
     ]
     if not rows:
         return ""
     head = ["arm", "live", "of its time", "S", "decode ms", "draft + verify ms", "tokens/forward", "needed for S = 1"]
-    return "## By live requests\n\n" + _table(head, rows)
+    told = (
+        "Each run's first step left out. The prefill of all prompts falls into each rollout's largest bucket, in both "
+        "arms: its step times and its S hold it."
+    )
+    slower = [line for name, found in by_arm.items() for line in shortfall(name, found)]
+    why = "\n\nWhere S < 1:\n\n" + "\n".join(f"* {line}" for line in slower) if slower else ""
+    return f"## By live requests\n\n{_table(head, rows)}\n\n{told}{why}"
 
 
 def _phase_table(runs: Sequence[RunRecord], arms: Sequence[str]) -> str:
-    medians = {name: analysis.phase_medians_s([r for r in runs if r.arm == name]) for name in arms}
+    groups = {(name, steps): [r for r in some if r.arm == name] for name in arms for steps, some in both(runs)}
+    medians = {key: analysis.phase_medians_s(some) for key, some in groups.items() if some}
     phases = sorted({phase for found in medians.values() for phase in found})
-    shares = {name: analysis.draft_share([r for r in runs if r.arm == name]) for name in arms}
     rows = [
         [
-            name,
+            *key,
             *(f"{found.get(phase, 0.0):.3f}" for phase in phases),
             f"{sum(found.values()):.2f}",
-            f"{shares[name]:.1%}",
+            f"{analysis.draft_share(groups[key]):.1%}",
         ]
-        for name, found in medians.items()
+        for key, found in medians.items()
     ]
-    return "## Seconds of a step\n\nMedian by phase, each run's first step left out.\n\n" + _table(
-        ["arm", *phases, "sum", "draft training"], rows
-    )
+    head = ["arm", "steps", *phases, "sum", "draft update (frozen: scoring only), of the RL step"]
+    return f"## Seconds of a step\n\nMedian by phase. {FIRST_STEP}\n\n{_table(head, rows)}"
 
 
 def _accept_table(runs: Sequence[RunRecord], arms: Sequence[str]) -> str:
@@ -326,17 +363,18 @@ def _agreement_table(runs: Sequence[RunRecord], arms: Sequence[str]) -> str:
                 f"{_mean([line['logp_diff_mean'] for line in lines]):.2e}",
                 f"{max(line['logp_diff_max'] for line in lines):.2e}",
                 "-" if sync is None else f"{sync.median_ms:.1f} ({sync.gb_per_s:.1f} GB/s, n {sync.num_syncs})",
+                "-" if sync is None else f"{sync.phase_ms:.1f}",
                 "-" if sync is None else f"{sync.copy_ms:.2f}",
             ]
         )
     head = ["arm", "reward first", "last", "entropy first", "last", "E[max p] first, last", "mean dlogp", "max dlogp"]
-    head += ["sync ms", "plain device copy ms"]
-    return "## Policy and sync\n\ndlogp = |logp_train - logp_rollout|, nats.\n\n" + _table(head, rows)
-
-
-def bucket_name(bucket: tuple[int, int]) -> str:
-    low, high = bucket
-    return f"{low}" if low == high else f"> {low - 1}" if high >= 1 << 30 else f"{low}-{high}"
+    head += ["sync ms", "sync phase ms", "plain device copy ms"]
+    told = (
+        "dlogp = abs(logp_train - logp_rollout), nats. E[max p] is measured on the start policy and where a draft "
+        "captures the policy's logits, so not for `none`. Sync ms: casting, checksums, the way to the engine, its "
+        "pause, its checks of both models and its answer; the phase also exports the weights from the trainer."
+    )
+    return f"## Policy and sync\n\n{told}\n\n{_table(head, rows)}"
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -27,6 +27,7 @@ from benchmarks import (
 )
 from rollout_engine.speculation import CostTable
 from rollout_engine.types import EngineError, FinishReason, RolloutRequest, Sample, SamplingParams, SpecStats
+from sync.plan import SyncError
 from trainer.make_model import MakeModelConfig, make_model
 
 
@@ -126,6 +127,16 @@ def test_a_wrong_arm_or_policy_is_one_line(tmp_path: Path, capsys: pytest.Captur
         common.run(lambda: rollout.main(["--policy", str(tmp_path)]))
     said = capsys.readouterr().err
     assert exit_.value.code == 2 and "config.json" in said and said.count("\n") == 1
+
+
+@pytest.mark.parametrize("error", [SyncError, EngineError])
+def test_a_failed_sync_and_a_dead_engine_are_one_line(error: type[Exception], capsys: pytest.CaptureFixture[str]):
+    def fail() -> None:
+        raise error("version 3 did not arrive")
+
+    with pytest.raises(SystemExit) as exit_:
+        common.run(fail)
+    assert exit_.value.code == 2 and capsys.readouterr().err == "slipstream: error: version 3 did not arrive\n"
 
 
 def run_with(seconds: float, lengths: tuple[int, ...], finish_s: tuple[float, ...] | None = None, **more):

@@ -6,6 +6,7 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -25,8 +26,11 @@ from benchmarks.rl_on_gpu_analysis import (
     speedup,
     stretches,
     sync_speed,
+    without_first,
 )
-from benchmarks.rl_on_gpu_arms import ARMS, REHEARSAL, Place
+from benchmarks.rl_on_gpu_arms import ARMS, OFFLINE_SEED, REHEARSAL, Place
+from benchmarks.rl_on_gpu_goals import goals, shortfall
+from rollout_engine.types import FinishReason, RolloutRequest, Sample
 from trainer import make_model as make_model_module
 from trainer.config import ConfigError
 from trainer.make_model import Shape
@@ -114,20 +118,33 @@ def test_a_speedup_is_over_matched_seeds_and_steps_only():
     assert found.tokens_per_s.mean == found.makespan.mean == pytest.approx(2.0)
     assert found.tokens_per_s_by_seed == pytest.approx((2.0,))
     assert speedup(runs, "frozen") is None
+    rest = speedup(without_first(runs), "online")
+    assert (rest.num_seeds, rest.num_pairs) == (1, 1)
+
+
+def test_the_whole_step_counts_what_surrounds_the_rollout_but_no_checkpoint():
+    def step(**phases: float) -> StepRecord:
+        return replace(decoded([10], [0.1]), metrics={f"time_{name}_s": value for name, value in phases.items()})
+
+    plain = record("none", [step(rollout=4.0, policy=2.0, checkpoint=9.0, warm_up=9.0, eval=9.0)])
+    online = record("online", [step(rollout=2.0, policy=2.0, draft=1.0, sync=1.0)])
+    found = speedup([plain, online], "online")
+    assert found.makespan.mean == pytest.approx(2.0) and found.step.mean == pytest.approx(1.0)
 
 
 def with_metrics(**metrics) -> StepRecord:
     return StepRecord(metrics, (), 0.5)
 
 
-def test_phases_leave_out_the_first_step():
+def test_phases_without_the_first_step():
     steps = [
         with_metrics(time_rollout_s=100.0, time_draft_s=100.0),
         *(with_metrics(time_rollout_s=t, time_draft_s=1.0) for t in (3.0, 9.0, 4.0)),
     ]
     run = record("online", steps)
-    assert phase_medians_s([run]) == {"rollout": 4.0, "draft": 1.0}
-    assert draft_share([run]) == pytest.approx(3 / 19)
+    assert phase_medians_s(without_first([run])) == {"rollout": 4.0, "draft": 1.0}
+    assert draft_share(without_first([run])) == pytest.approx(3 / 19)
+    assert phase_medians_s([run]) == {"rollout": 6.5, "draft": 1.0} and draft_share([run]) == pytest.approx(103 / 219)
 
 
 def test_catching_up_is_the_mean_over_seeds_at_ninety_percent():
@@ -167,10 +184,65 @@ def test_rewards_differ_by_z_of_sampling_noise():
 
 
 def test_sync_is_compared_with_a_copy_of_the_same_bytes():
-    steps = [with_metrics(sync_time_s=t, sync_bytes=2_000_000) for t in (9.0, 0.002, 0.004, 0.003)]
+    steps = [with_metrics(sync_time_s=t, time_sync_s=2 * t, sync_bytes=2_000_000) for t in (9.0, 0.002, 0.004, 0.003)]
     found = sync_speed([record("online", steps, device_copy_s=0.001)])
-    assert (found.num_syncs, found.median_ms, found.copy_ms) == (3, 3.0, 1.0)
+    assert (found.num_syncs, found.median_ms, found.phase_ms, found.copy_ms) == (3, 3.0, 6.0, 1.0)
     assert found.gb_per_s == pytest.approx(2 / 3) and found.over_copy == pytest.approx(3.0)
+
+
+# ---- the goals ----
+
+
+def met(runs: list[RunRecord]) -> dict[str, bool | None]:
+    """Verdicts by a goal's first words."""
+    return {" ".join(goal.goal.split()[:4]): goal.met for goal in goals(runs, ["none", "frozen", "online"])}
+
+
+def accepting(arm: str, values: list[float]) -> RunRecord:
+    response_of = (response(1.0, 1, 1),)
+    lines = ({"accept_length": v, "time_rollout_s": 1.0, "time_draft_s": 0.1} for v in values)
+    return record(arm, [StepRecord(line, response_of, 0.5) for line in lines])
+
+
+@pytest.mark.parametrize(
+    ("online", "in_time", "stays"),
+    [
+        ([1.0] * 9 + [1.8, 2.0], True, True),
+        ([1.0] * 9 + [1.8, 1.9], True, False),
+        ([1.0] * 10 + [2.0], False, None),
+        ([1.0] * 11, False, False),
+    ],
+)
+def test_catching_up_within_ten_steps_and_staying_there(online: list[float], in_time: bool, stays: bool | None):
+    found = met([accepting("frozen", [2.0] * 11), accepting("online", online)])
+    assert found == {
+        "online accept length >=": in_time,
+        "online accept length not": stays,
+        "draft training <= 10%": True,
+    }
+
+
+def test_rewards_are_within_noise_only_when_no_test_tells_them_apart_and_one_seed_decides_nothing():
+    def run(arm: str, seed: int, *rewards: float) -> RunRecord:
+        return record(arm, [with_reward(r) for r in rewards], seed)
+
+    def with_reward(share: float) -> StepRecord:
+        responses = tuple(response(1.0, 1, 1, reward=float(i < 10 * share)) for i in range(10))
+        return StepRecord({"time_rollout_s": 1.0}, responses, 0.5)
+
+    name = "reward curve of frozen"
+    plain = [run("none", 0, 0.3, 0.5), run("none", 1, 0.4, 0.6)]
+    assert met([*plain, run("frozen", 0, 0.3, 0.6), run("frozen", 1, 0.4, 0.5)])[name] is True
+    assert met([*plain, run("frozen", 0, 0.9, 0.9), run("frozen", 1, 0.9, 1.0)])[name] is False
+    assert met([plain[0], run("frozen", 0, 0.3, 0.6)])[name] is None
+
+
+def test_a_slower_bucket_is_explained_by_its_step_times():
+    plain = record("none", [decoded([12, 24], [0.010, 0.020])])
+    fast = record("online", [decoded([6, 12], [0.015, 0.080], tokens_per_forward=2)])
+    (line,) = shortfall("online", bucket_speeds([fast], [plain]))  # alone it is faster
+    assert "2-8 live: S = 0.50" in line and "20.00 ms" in line and "80.00 ms (4.00 times" in line
+    assert "takes 4.00 tokens per forward and request; it had 2.00" in line
 
 
 # ---- the start ----
@@ -195,6 +267,30 @@ def test_main_arms_are_interleaved_and_the_first_place_rotates():
 def test_an_arm_begins_only_when_it_will_be_over_in_time():
     assert rl_on_gpu.fits([2.0, 3.0], 10, 33.1) and not rl_on_gpu.fits([2.0, 3.0], 10, 32.9)
     assert not rl_on_gpu.fits([], 1, 100.0)
+
+
+def test_the_offline_draft_has_seen_no_arm_s_prompts_in_its_order(capsys: pytest.CaptureFixture[str]):
+    assert OFFLINE_SEED not in rl_on_gpu.parse(["--work", "w", "--out", "o"])[0].seeds
+    with pytest.raises(SystemExit):
+        rl_on_gpu.parse(["--work", "w", "--out", "o", "--seeds", f"0,{OFFLINE_SEED}"])
+    assert "is the offline draft's" in capsys.readouterr().err
+
+
+def test_what_is_noted_of_an_update_is_computed_when_its_line_is_written(tmp_path: Path):
+    sample = Sample(RolloutRequest(3, 0, (5, 6)), (7, 8), (math.log(0.5),) * 2, (), FinishReason.STOP)
+    path = tmp_path / "responses.jsonl"
+    engine = SimpleNamespace(finish_s={sample.request.key: 0.25})
+    policy = SimpleNamespace(update=lambda samples, capture: SimpleNamespace(draft_samples=[]))
+    watched = rl_on_gpu_arms.WatchedPolicy(policy, engine, path, keep_tokens=False)
+    watched.update([sample], None)
+    engine.finish_s = {}  # of a later rollout, an evaluation's say
+    assert not path.exists()
+    written: list[dict] = []
+    writer = rl_on_gpu_arms.NotingWriter(SimpleNamespace(write=written.append), watched)
+    writer.write({"step": 0})
+    (line,) = map(json.loads, path.read_text().splitlines())
+    assert line["sampled_prob"] == pytest.approx(0.5) and line["responses"][0][:3] == [3, 0.25, 2]
+    assert written == [{"step": 0}]
 
 
 def test_unknown_arms_and_other_settings_in_the_same_place_are_refused(
@@ -254,12 +350,15 @@ def test_the_command_goes_on_where_it_was_cut_off(tmp_path: Path, small: None, m
         patch.setattr(rl_on_gpu_arms, "device_copy_s", cut_off_in_the_third_run)
         rl_on_gpu.main(command)
     done = {path.name: path.stat().st_mtime_ns for path in (work / "done").iterdir()}
-    assert set(done) == {"offline-0", "none-0"}
+    assert set(done) == {f"offline-{OFFLINE_SEED}", "none-0"}
     rows = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
     assert [row["arm"] for row in rows if row["kind"] == "run"] == ["none"]
 
     rl_on_gpu.main(command)
-    assert {path.name for path in (work / "done").iterdir()} == {f"{name}-0" for name in (*ARMS, "offline")}
+    assert {path.name for path in (work / "done").iterdir()} == {
+        *(f"{name}-0" for name in ARMS),
+        f"offline-{OFFLINE_SEED}",
+    }
     assert all((work / "done" / name).stat().st_mtime_ns == time for name, time in done.items())  # not run again
     assert not list((work / "runs").iterdir())
     check_outputs(out)
@@ -269,7 +368,7 @@ def check_outputs(out: Path) -> None:
     rows = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
     assert [row["arm"] for row in rows if row["kind"] == "run"] == ["frozen", "none", "online", "target_only"]
     kinds = {row["kind"] for row in rows}
-    assert kinds == {"start", "run", "phases", "sync", "speedup", "reward_test", "bucket", "catch_up"}
+    assert kinds == {"start", "run", "phases", "sync", "speedup", "reward_test", "bucket", "catch_up", "goal"}
     assert all({"command", "hardware", "commit", "date", "plan", "versions"} <= set(row) for row in rows)
     assert (out / "figure.png").read_bytes()[:4] == b"\x89PNG"
     text = (out / "summary.md").read_text()
