@@ -151,6 +151,8 @@ class RequestPool:
         self._fill()
 
     def _settle(self, progress: Progress, reason: FinishReason) -> None:
+        if reason is FinishReason.ABORT and progress.num_left <= 0:
+            reason = FinishReason.LENGTH  # interrupted in its last step: there is nothing to go on with
         if reason is FinishReason.ABORT and not progress.is_aborted:
             if self._version is None:
                 self._pending.appendleft(progress)  # interrupted for a sync: first in line afterwards

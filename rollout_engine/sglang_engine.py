@@ -1,7 +1,8 @@
 """The production engine: an SGLang server, started here or running elsewhere, behind `RolloutEngine`.
 
-All that knows SGLang lies in this file and its three parts: sglang_install (which one is there), sglang_flags (how it
-is started), sglang_wire (what is said to it); and in `sync.loader`, which runs inside it.
+All that knows SGLang lies in this file and its parts: sglang_install (which one is there), sglang_checks, sglang_flags
+and sglang_launch (how it is started or attached to), sglang_wire (what is said to it), sglang_ends (where its responses
+end); and in `sync.loader`, which runs inside it.
 """
 
 from __future__ import annotations
@@ -17,9 +18,11 @@ from rollout_engine.config import RolloutConfig
 from rollout_engine.http_client import Reply, ServerUnreachable
 from rollout_engine.request_pool import Piece, Progress, RequestPool
 from rollout_engine.server_process import ServerProcess
+from rollout_engine.sglang_ends import end_token_ids, ended
 from rollout_engine.sglang_install import update_protocol
 from rollout_engine.sglang_launch import attach, has_tokenizer, read_json, start
 from rollout_engine.sglang_wire import error_text, generate_body, read_piece, update_body
+from rollout_engine.stopping import Detokenize
 from rollout_engine.types import (
     BadRequest,
     EngineConfigError,
@@ -47,7 +50,7 @@ class SGLangEngine:
     """Implements `RolloutEngine`. One `generate` at a time; weights may be sent between its samples.
 
     Nothing is served before the first sync, except with `serves_files`, when it serves the files' weights as version
-    0. A stop string is looked for in what one version wrote: across a sync in mid-response none is seen.
+    0. A request with stop strings can only go on across a sync in mid-response when there is a `detokenize`.
     """
 
     def __init__(
@@ -59,14 +62,18 @@ class SGLangEngine:
         eos_token_ids: Sequence[int] = (),
         work_dir: Path,
         serves_files: bool = False,
+        detokenize: Detokenize | None = None,
     ) -> None:
         """Start a server over `policy` and `draft` (EAGLE-3, SGLang's form), or attach to config.sglang_address.
 
-        `work_dir` gets engine.log and the files of syncs. Raises EngineConfigError for settings, files or an
+        Responses end at `eos_token_ids` and at those that the policy's files name, as SGLang reads them. `work_dir`
+        gets engine.log and the files of syncs. `detokenize` turns token ids into text, special tokens included, for
+        stop strings of interrupted requests. Raises EngineConfigError for settings, files or an
         installation from which no server can be started, and EngineError with the last lines of its log when it does
         not come up.
         """
-        self._config, self._eos = config, tuple(eos_token_ids)
+        self._config, self._detokenize = config, detokenize
+        self._eos = end_token_ids(policy).union(eos_token_ids)
         sizes = read_json(policy / "config.json")
         self._vocab_size = int(sizes["vocab_size"])
         self._context_length = config.context_length or int(sizes["max_position_embeddings"])
@@ -310,7 +317,7 @@ class SGLangEngine:
         if not reply.ok:
             raise EngineError(f"{name}: the SGLang server refused it: {error_text(reply.status, reply.text())}")
         try:
-            return read_piece(reply.json(), self._depth)
+            return ended(read_piece(reply.json(), self._depth), progress, self._eos, self._detokenize)
         except (EngineError, ValueError) as error:
             raise EngineError(f"{name}: {error}") from error
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import pickle
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from rollout_engine.types import EngineError, FinishReason, SpecStats
 from sync.wire import LOADER
 
 
-def generate_body(rid: str, progress: Progress, eos_token_ids: Sequence[int], min_p: float) -> dict[str, Any]:
+def generate_body(rid: str, progress: Progress, eos_token_ids: Collection[int], min_p: float) -> dict[str, Any]:
     """The /generate request for the rest of a response. No seed: SGLang 0.5.15 ignores seeds while verifying."""
     sampling = progress.request.sampling
     params: dict[str, Any] = {

@@ -38,11 +38,13 @@ class ScriptedServer:
             "custom_weight_loader": ["sync.loader.load"],
         }
         self.pause_after: int | None = None  # tokens after which a request waits to be aborted
+        self.last_step: tuple[int, ...] = ()  # what a paused request decodes in the step in which its abort comes
         self.finishes_first = 0  # so many of the first requests do not pause
         self.refuses: str | None = None
         self.leaves_dirty = False
         self.fails_with: tuple[int, dict[str, Any]] | None = None
         self.num_generate = self.num_flushes = self.num_running = self.num_paused = 0
+        self.bodies: list[dict[str, Any]] = []  # of /generate
         self.running_at_update = 0
         self.flushes_after_update: list[bool] = []
         self.memory_calls: list[tuple[str, list[str]]] = []
@@ -112,15 +114,16 @@ class ScriptedServer:
         if self.fails_with is not None:
             status, answer = self.fails_with
             return web.json_response(answer, status=status)
-        num_tokens, reason = body["sampling_params"]["max_new_tokens"], "length"
+        self.bodies.append(body)
+        num_tokens, reason, last_step = body["sampling_params"]["max_new_tokens"], "length", ()
         self.num_running += 1
         try:
             if self.pause_after is not None and self.num_generate > self.finishes_first:
-                num_tokens, reason = min(num_tokens, self.pause_after), "abort"
+                num_tokens, reason, last_step = min(num_tokens, self.pause_after), "abort", self.last_step
                 await self._wait_for_abort(body["rid"])
         finally:
             self.num_running -= 1
-        tokens = self.tokens_after(body["input_ids"], num_tokens)
+        tokens = self.tokens_after(body["input_ids"], num_tokens) + last_step
         meta = {"finish_reason": {"type": reason}, "output_token_logprobs": [[-0.5, token, None] for token in tokens]}
         return web.json_response({"output_ids": tokens, "meta_info": meta})
 

@@ -165,6 +165,32 @@ def test_a_refused_update_leaves_one_span() -> None:
     run(case())
 
 
+def test_one_without_tokens_left_is_not_sent_again() -> None:
+    async def case() -> None:
+        sent = asyncio.Event()
+        num_sent = 0
+
+        async def serve(rid: str, progress: Progress) -> Piece:
+            nonlocal num_sent
+            num_sent += 1
+            await sent.wait()
+            return Piece((7, 8), (-0.5, -0.5), FinishReason.ABORT, SpecStats())
+
+        async def stop(rid: str | None) -> None:
+            sent.set()
+
+        pool = RequestPool(serve, stop, 1)
+        await pool.open(0)
+        await pool.submit(work(1, limit=2))
+        await settle()
+        await pool.hold()
+        await pool.open(1)
+        await settle()
+        assert taken(pool)[0].finish_reason is FinishReason.LENGTH and num_sent == 1
+
+    run(case())
+
+
 def test_abort_yields_what_there_is() -> None:
     async def case() -> None:
         server = Server()

@@ -40,7 +40,9 @@ def server() -> Iterator[ScriptedServer]:
 def policy(tmp_path: Path) -> Path:
     folder = tmp_path / "policy"
     folder.mkdir()
-    (folder / "config.json").write_text(json.dumps({"vocab_size": 50, "max_position_embeddings": 40}))
+    (folder / "config.json").write_text(
+        json.dumps({"vocab_size": 50, "max_position_embeddings": 40, "eos_token_id": 48})
+    )
     return folder
 
 
@@ -108,6 +110,41 @@ def test_a_sync_in_mid_generate_loses_nothing(engine: SGLangEngine, server: Scri
     for sample in found:
         assert sample.token_ids == server.tokens_after(sample.request.prompt_ids, 4)
     assert server.running_at_update == 0 and server.flushes_after_update == [True, True]
+
+
+@pytest.mark.parametrize(
+    ("last_step", "kept", "reason"),
+    [
+        ((49,), (49,), FinishReason.STOP),
+        ((48, 49, 7), (48,), FinishReason.STOP),  # a stop id of the policy's files
+        ((8, 9), (8, 9), FinishReason.LENGTH),
+        ((8, 9, 10, 49), (8, 9), FinishReason.LENGTH),  # a verify step behind the limit, the end token too
+    ],
+)
+@pytest.mark.parametrize("by_abort", [False, True])
+def test_one_that_ends_in_the_step_of_its_interruption_has_ended(
+    engine: SGLangEngine,
+    server: ScriptedServer,
+    last_step: tuple[int, ...],
+    kept: tuple[int, ...],
+    reason: FinishReason,
+    by_abort: bool,
+) -> None:
+    server.publish(engine, 0)
+    server.pause_after, server.finishes_first, server.last_step = 2, 1, last_step
+    samples = engine.generate(requests(2))
+    next(samples)
+    server.wait_until_paused(1)
+    server.pause_after = None
+    if by_abort:
+        engine.abort()
+    else:
+        server.publish(engine, 1)
+    (sample,) = samples
+    assert sample.token_ids == server.tokens_after(sample.request.prompt_ids, 2) + kept
+    assert len(sample.logprobs) == len(sample.token_ids) and sample.finish_reason is reason
+    assert sample.policy_versions == (VersionSpan(0, len(sample.token_ids), 0),)
+    assert server.num_generate == 2, "not sent again"
 
 
 def test_a_refused_sync_leaves_the_old_version_serving(engine: SGLangEngine, server: ScriptedServer) -> None:

@@ -177,6 +177,7 @@ def start_sglang(
         eos_token_ids=eos_token_ids(policy, tokenizer),
         work_dir=work_dir,
         serves_files=serves_files,
+        detokenize=lambda ids: tokenizer.decode(list(ids), skip_special_tokens=False),
     )
 
 
