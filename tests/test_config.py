@@ -271,3 +271,17 @@ def test_determinism_with_a_fixed_depth_or_without_speculation_is_fine(tmp_path)
 def test_later_overrides_win():
     overrides = [Override("--seed", "seed", "1"), Override("--seed", "seed", "2")]
     assert load_config(None, overrides).seed == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "why"),
+    [
+        (["--num-rollout=9"], "num_rollout = 9 ends before"),
+        (["--speculative-algorithm=NONE"], "has no draft to freeze"),
+        (["--draft.train=false"], "the draft itself is frozen"),
+    ],
+)
+def test_a_frozen_draft_that_will_never_be_scored_is_warned_of(arguments, why):
+    assert validate(from_flags(*GOOD, "--frozen-draft-step=9")) == []
+    (warning,) = validate(from_flags(*GOOD, "--frozen-draft-step=9", *arguments))
+    assert why in warning and "no frozen_accept_length is recorded" in warning

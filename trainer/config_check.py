@@ -10,6 +10,8 @@ from rollout_engine.config import RolloutConfig
 from rollout_engine.sglang_checks import check_draft_vocabulary, check_sglang, check_sync_folder, check_torch
 from rollout_engine.types import EngineConfigError
 from trainer.config import ConfigError, RunConfig
+from trainer.config_load import Override
+from trainer.flags import DERIVED
 from trainer.suggest import nearest
 
 _CHOICES: dict[str, tuple[str, ...]] = {
@@ -67,6 +69,16 @@ _AT_LEAST_ZERO = (
 )
 
 _BELOW_ONE = ("policy.adam_beta1", "policy.adam_beta2", "draft.adam_beta1", "draft.adam_beta2")
+
+_TRAINING = ("policy.", "algorithm.", "draft.")
+_DERIVED_OF_TRAINING = DERIVED.keys() - {"external_engine_addrs"}
+
+
+def refuse_training(overrides: Sequence[Override], command: str) -> None:
+    """ConfigError for the first setting given to `command` that only training has."""
+    for override in overrides:
+        if override.key.startswith(_TRAINING) or override.key in _DERIVED_OF_TRAINING:
+            raise ConfigError(f"{override.flag} is a setting of training, and {command} trains nothing: leave it out")
 
 
 def validate(config: RunConfig, *, world_size: int = 1) -> list[str]:
@@ -248,6 +260,10 @@ def _training_warnings(config: RunConfig) -> list[str]:
             "SGLang ignores seeds while verifying, so none are sent: two equal runs differ, and the metrics say "
             "reproducible = false"
         )
+    if (why := _why_never_frozen(config)) is not None:
+        warnings.append(
+            f"frozen_draft_step = {config.frozen_draft_step} has no effect, {why}: no frozen_accept_length is recorded"
+        )
     if rollout.dtype != config.policy.dtype:
         warnings.append(
             f"policy.dtype = {config.policy.dtype!r} trains, rollout.dtype = {rollout.dtype!r} samples: their "
@@ -268,6 +284,19 @@ def _training_warnings(config: RunConfig) -> list[str]:
             "unfiltered one's"
         )
     return warnings
+
+
+def _why_never_frozen(config: RunConfig) -> str | None:
+    """Why the copy of the draft that the settings ask for will never be scored; None when it will be."""
+    if not config.frozen_draft_step:
+        return None
+    if config.rollout.speculative_algorithm != "EAGLE3":
+        return f"speculative_algorithm = {config.rollout.speculative_algorithm!r} has no draft to freeze"
+    if not config.draft.train:
+        return "with draft.train = false the draft itself is frozen"
+    if config.frozen_draft_step >= config.num_rollout:
+        return f"num_rollout = {config.num_rollout} ends before"
+    return None
 
 
 def _check_choices(config: Any, choices: dict[str, Sequence[str]], prefix: str = "") -> None:

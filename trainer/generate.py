@@ -12,7 +12,7 @@ from typing import Any
 
 from rollout_engine.types import Sample, SamplingParams, SpecStats
 from trainer.config import DataConfig, RunConfig
-from trainer.config_check import check_rollout
+from trainer.config_check import check_rollout, refuse_training
 from trainer.config_load import Override, load_config
 from trainer.data import Prompt, load_prompts, one_prompt
 from trainer.hf_files import read_config
@@ -52,6 +52,7 @@ def generate(
 
 def _config(draft: Path | None, overrides: Sequence[Override]) -> RunConfig:
     """One sample a prompt, and EAGLE3 exactly when there is a draft, unless the command line says otherwise."""
+    refuse_training(overrides, "generate")
     algorithm = "NONE" if draft is None else "EAGLE3"
     defaults = [
         Override("", "rollout.speculative_algorithm", algorithm),
