@@ -79,10 +79,10 @@ class Plan:
     vocab_size: int = 4096
     context_length: int = 1280
     model_seed: int = 0
-    warm_start_s: float = 130.0
+    warm_start_s: float = 110.0
     warm_start_steps: int = 0  # instead of seconds
     warm_start_lr: float = 1e-3
-    warm_start_tokens: int = 8192  # of a batch: steps, more than tokens, are what the warm start is short of
+    warm_start_tokens: int = 10_240  # of a batch: steps, more than tokens, are what the warm start is short of
     steps: int = 15
     short_steps: int = 8  # of the arm that is there for comparison only
     prompts: int = 32
