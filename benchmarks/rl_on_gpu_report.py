@@ -264,8 +264,11 @@ def _bucket_table(runs: Sequence[RunRecord], arms: Sequence[str]) -> str:
         "arms: its step times and its S hold it."
     )
     slower = [line for name, found in by_arm.items() for line in shortfall(name, found)]
-    why = "\n\nWhere S < 1:\n\n" + "\n".join(f"* {line}" for line in slower) if slower else ""
-    return f"## By live requests\n\n{_table(head, rows)}\n\n{told}{why}"
+    why = (
+        "\n\nWhere S < 1 (the mean of the steps' ratios; times and tokens are of all steps together, so that noise can "
+    )
+    why += "part the two):\n\n" + "\n".join(f"* {line}" for line in slower)
+    return f"## By live requests\n\n{_table(head, rows)}\n\n{told}{why if slower else ''}"
 
 
 def _phase_table(runs: Sequence[RunRecord], arms: Sequence[str]) -> str:

@@ -211,10 +211,11 @@ def accepting(arm: str, values: list[float]) -> RunRecord:
         ([1.0] * 9 + [1.8, 1.9], True, False),
         ([1.0] * 10 + [2.0], False, None),
         ([1.0] * 11, False, False),
+        ([1.0] * 9, None, None),
     ],
 )
-def test_catching_up_within_ten_steps_and_staying_there(online: list[float], in_time: bool, stays: bool | None):
-    found = met([accepting("frozen", [2.0] * 11), accepting("online", online)])
+def test_catching_up_within_ten_steps_and_staying_there(online: list[float], in_time: bool | None, stays: bool | None):
+    found = met([accepting("frozen", [2.0] * len(online)), accepting("online", online)])
     assert found == {
         "online accept length >=": in_time,
         "online accept length not": stays,
@@ -235,6 +236,8 @@ def test_rewards_are_within_noise_only_when_no_test_tells_them_apart_and_one_see
     assert met([*plain, run("frozen", 0, 0.3, 0.6), run("frozen", 1, 0.4, 0.5)])[name] is True
     assert met([*plain, run("frozen", 0, 0.9, 0.9), run("frozen", 1, 0.9, 1.0)])[name] is False
     assert met([plain[0], run("frozen", 0, 0.3, 0.6)])[name] is None
+    nothing = [run(arm, seed, 0.0, 0.0) for arm in ("none", "frozen") for seed in (0, 1)]
+    assert met(nothing)[name] is None
 
 
 def test_a_slower_bucket_is_explained_by_its_step_times():
