@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Awaitable, Callable, Collection, Iterable
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterable
 from dataclasses import dataclass, field
 from itertools import count
 from queue import SimpleQueue
+from typing import Any
 
 from rollout_engine.types import EngineError, FinishReason, RolloutRequest, Sample, SpecStats, VersionSpan
 
@@ -172,10 +173,16 @@ class RequestPool:
         except EngineError:
             return  # the request itself reports that the server is gone
 
-    def _start(self, work: Awaitable[None]) -> None:
-        task = asyncio.ensure_future(work)
+    def _start(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self._end)
+
+    def _end(self, task: asyncio.Task[None]) -> None:
+        """A mistake in the program, too, must reach whoever waits for results."""
+        self._tasks.discard(task)
+        if not task.cancelled() and isinstance(error := task.exception(), Exception):
+            self.results.put(error)
 
     async def _wait(self, timeout_s: float) -> None:
         if self._tasks:

@@ -44,12 +44,14 @@ def read_piece(answer: Mapping[str, Any], draft_depth: int) -> Piece:
         # One that was stopped within its prefill has the log-prob of a token which it does not report.
         entries = (meta.get("output_token_logprobs") or [])[: len(token_ids)]
         reason = _REASONS[meta["finish_reason"]["type"]]
-    except (KeyError, TypeError) as error:
-        raise EngineError(f"SGLang's answer lacks {error}") from error
-    if tuple(entry[1] for entry in entries) != token_ids:
+        logprobs = tuple(float(entry[0]) for entry in entries)
+        ids = tuple(entry[1] for entry in entries)
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+        raise EngineError(f"SGLang's answer lacks or garbles a field ({type(error).__name__}: {error})") from error
+    if ids != token_ids:
         raise EngineError(f"SGLang's answer: {len(token_ids)} tokens, log-probs of {len(entries)} or of other ones")
     spec = plain_stats(len(token_ids)) if draft_depth == 0 else spec_stats(meta, draft_depth)
-    return Piece(token_ids, tuple(float(entry[0]) for entry in entries), reason, spec)
+    return Piece(token_ids, logprobs, reason, spec)
 
 
 _REASONS = {"stop": FinishReason.STOP, "length": FinishReason.LENGTH, "abort": FinishReason.ABORT}

@@ -252,6 +252,30 @@ def test_what_serving_raises_is_handed_over() -> None:
     run(case())
 
 
+@pytest.mark.parametrize("where", ["serve", "stop"])
+def test_a_mistake_in_the_program_reaches_who_waits(where: str) -> None:
+    async def case() -> None:
+        server = Server()
+        mistake = TypeError("float(None)")
+
+        async def stop(rid: str | None) -> None:
+            raise mistake
+
+        pool = RequestPool(server.serve, stop, 1)
+        await pool.open(0)
+        await pool.submit(work(1))
+        if where == "serve":
+            server.fails = mistake
+            await server.step(1)
+        else:
+            await settle()
+            await pool.abort(None)
+            await settle()
+        assert pool.results.get_nowait() is mistake
+
+    run(case())
+
+
 @pytest.mark.parametrize("is_reachable", [True, False])
 def test_drop_forgets_everything(is_reachable: bool) -> None:
     async def case() -> None:

@@ -111,6 +111,9 @@ def test_the_engine_is_the_one_that_the_settings_name(
     settings = replace(PLAIN, engine="sglang")
     started = build_engine(policy_dir, settings, None, tokenizer, tmp_path / "engine", serves_files=True)
     assert isinstance(started, Started) and (started.policy, started.config) == (policy_dir, settings)
+    detokenize = started.arguments.pop("detokenize")
+    special = tokenizer.eos_token_id
+    assert detokenize((special,)) == tokenizer.convert_ids_to_tokens(special), "special tokens have text"
     assert started.arguments == {
         "draft": None,
         "eos_token_ids": eos_token_ids(policy_dir, tokenizer),

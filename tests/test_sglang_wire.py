@@ -87,6 +87,10 @@ def test_one_that_was_aborted_in_its_prefill_has_no_token() -> None:
         (lambda answer: answer["output_ids"].__setitem__(2, 0), "other ones"),
         (lambda answer: answer["output_ids"].append(1), "7 tokens, log-probs of 6"),
         (lambda answer: answer["meta_info"].update(finish_reason=None), "lacks"),
+        (lambda answer: answer["meta_info"]["output_token_logprobs"][2].__setitem__(0, None), "garbles.*NoneType"),
+        (lambda answer: answer["meta_info"]["output_token_logprobs"].__setitem__(2, None), "garbles.*NoneType"),
+        (lambda answer: answer["meta_info"]["output_token_logprobs"].__setitem__(2, [-1.0]), "garbles.*range"),
+        (lambda answer: answer.update(meta_info=[]), "garbles"),
     ],
 )
 def test_an_answer_that_breaks_the_protocol_is_an_error(change: Any, message: str) -> None:
