@@ -96,7 +96,14 @@ def common_device(tensors: Mapping[str, torch.Tensor]) -> torch.device:
 
 
 def _share_on_gpu(plan: SyncPlan, device: torch.device) -> _SharedBuckets:
-    buckets = [torch.zeros(size, dtype=torch.uint8, device=device) for size in bucket_sizes_bytes(plan)]
+    sizes = bucket_sizes_bytes(plan)
+    try:
+        buckets = [torch.zeros(size, dtype=torch.uint8, device=device) for size in sizes]
+    except torch.OutOfMemoryError as error:
+        raise SyncError(
+            f"{device}: no room for the {sum(sizes)} bytes of a sync: lower rollout.sglang.mem_fraction_static or the "
+            "tokens per GPU, or set sync_transport = disk"
+        ) from error
     source = {
         "kind": "cuda",
         "key": uuid.uuid4().hex,

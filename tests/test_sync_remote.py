@@ -6,10 +6,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from sync import collective
-from sync.plan import SyncError
+from sync.ipc import IpcCarrier
+from sync.plan import SyncError, make_plan
 from sync.publish import publish
+from sync.receiver import Bundle
 from sync.remote import KINDS, connect
 from tests.sync_engine_helpers import (
     EngineProcess,
@@ -131,3 +134,14 @@ def test_a_killed_engine_is_an_error_for_whoever_sends(kind: str, models: Models
 def test_an_unknown_transport_is_named(tmp_path: Path) -> None:
     with pytest.raises(SyncError, match=r"sync_transport is 'pigeon': choose one of ipc, disk, broadcast"):
         connect("pigeon", lambda payload: None, ROLES, tmp_path)
+
+
+def test_a_gpu_without_room_for_the_buckets_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*size: int, **kwargs: object) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    carrier = IpcCarrier(make_plan({"policy.w": torch.zeros(2)}))
+    monkeypatch.setattr("sync.ipc.common_device", lambda tensors: torch.device("cuda:0"))
+    monkeypatch.setattr(torch, "zeros", full)
+    with pytest.raises(SyncError, match=r"cuda:0: no room for the \d+ bytes of a sync"):
+        carrier.put(Bundle(0, "", {}, {}))
