@@ -7,8 +7,10 @@ of the weights: its sample then has two version spans, and no request is ever lo
 from __future__ import annotations
 
 import asyncio
+import uuid
 from collections import deque
 from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import count
 from queue import SimpleQueue
@@ -18,6 +20,7 @@ from rollout_engine.types import EngineError, FinishReason, RolloutRequest, Samp
 
 _STOP_AGAIN_S = 0.1  # a stop overtakes a request that is still on its way, so it is repeated
 _DROP_TIMEOUT_S = 10.0
+HOLD_TIMEOUT_S = 300.0  # a server ends a stopped request at its next step, which may be one that compiles for minutes
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,14 +83,17 @@ Stop = Callable[[str | None], Awaitable[None]]  # one request by its id, all wit
 class RequestPool:
     """Everything but the construction runs in one event loop. Finished samples, or what went wrong, go to `results`."""
 
-    def __init__(self, serve: Serve, stop: Stop, max_running: int) -> None:
+    def __init__(self, serve: Serve, stop: Stop, max_running: int, *, hold_timeout_s: float = HOLD_TIMEOUT_S) -> None:
         self._serve, self._stop, self._max_running = serve, stop, max_running
+        self._hold_timeout_s = hold_timeout_s
         self._pending: deque[Progress] = deque()
         self._running: dict[str, Progress] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._version: int | None = None  # None: held back
-        # Of one width and never used twice, because servers match requests to stop by the beginning of their ids.
-        self._ids = (f"slipstream-{number:010d}" for number in count())
+        # Of one width and never used twice, because servers match requests to stop by the beginning of their ids; two
+        # pools at one server do not share any either.
+        name = uuid.uuid4().hex[:12]
+        self._ids = (f"slipstream-{name}-{number:010d}" for number in count())
         self.results: SimpleQueue[Sample | Exception] = SimpleQueue()
 
     async def submit(self, work: Iterable[Progress]) -> None:
@@ -102,11 +108,16 @@ class RequestPool:
         self._fill()
 
     async def hold(self) -> None:
-        """Let no more requests go, interrupt those that run, and return when nothing runs any more."""
+        """Let no more requests go, interrupt those that run, and return when nothing runs any more.
+
+        Raises EngineError when the server cannot be reached, or does not let go of them in `hold_timeout_s`.
+        """
         self._version = None
-        while self._running:
-            await self._stop(None)
-            await self._wait(_STOP_AGAIN_S)
+        if not await self._interrupt(self._hold_timeout_s):
+            raise EngineError(
+                f"{len(self._running)} requests still run {self._hold_timeout_s:.0f} s after they were stopped: the "
+                "server hangs; start it again"
+            )
 
     async def abort(self, keys: Collection[tuple[int, int]] | None) -> None:
         """End these requests (None: all) with what they have; returns at once, their samples come as they end."""
@@ -123,15 +134,21 @@ class RequestPool:
         self._pending.clear()
         for progress in self._running.values():
             progress.is_aborted = True
-        deadline_s = asyncio.get_running_loop().time() + _DROP_TIMEOUT_S
-        try:
-            while self._running and asyncio.get_running_loop().time() < deadline_s:
-                await self._stop(None)
-                await self._wait(_STOP_AGAIN_S)
-        except EngineError:
-            pass  # it is gone, and with it all that ran
+        with suppress(EngineError):  # it is gone, and with it all that ran
+            await self._interrupt(_DROP_TIMEOUT_S)
         for task in self._tasks:
             task.cancel()
+
+    async def _interrupt(self, timeout_s: float) -> bool:
+        """Stop what runs, again and again; True when nothing is left, False when something is after `timeout_s`."""
+        now_s = asyncio.get_running_loop().time
+        deadline_s = now_s() + timeout_s
+        while self._running:
+            if now_s() >= deadline_s:
+                return False
+            await self._stop(None)
+            await self._wait(_STOP_AGAIN_S)
+        return True
 
     def _fill(self) -> None:
         while self._version is not None and self._pending and len(self._running) < self._max_running:

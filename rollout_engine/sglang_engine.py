@@ -7,7 +7,7 @@ end); and in `sync.loader`, which runs inside it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from queue import Empty
 from time import monotonic, sleep
@@ -39,11 +39,34 @@ _POLL_S = 0.5
 _DEATH_S = 3.0  # how long a server that broke a connection may take to be seen dead
 _FLUSH_TIMEOUT_S = 30.0
 _CONTROL_TIMEOUT_S = 300.0  # for one weight update, release or resume of memory
+_STOP_TIMEOUT_S = 60.0  # for the answer to an abort, which waits for nothing
 _WARM_UP_TOKENS = 8
+# A request may run for long, so only the server itself can say whether it is still at work: it is asked after so long
+# without a result, and given up after so long without a result or a healthy answer. The first batch ever may compile
+# for minutes, in which SGLang calls itself unhealthy.
+_ASK_AFTER_S = 60.0
+_LOST_AFTER_S = 600.0
+_HEALTH_TIMEOUT_S = 30.0  # SGLang's own is 20
 
 
 class _Gone(EngineError):
     """The server did not answer. Why is found out by the thread that waits, never in the event loop."""
+
+
+class _Silence:
+    """Since when nothing was heard of a server."""
+
+    def __init__(self) -> None:
+        self._heard_s = self._asked_s = monotonic()
+
+    def is_too_long(self, is_healthy: Callable[[], bool]) -> bool:
+        """Asks now and then."""
+        if monotonic() - self._asked_s >= _ASK_AFTER_S:
+            healthy = is_healthy()
+            self._asked_s = monotonic()
+            if healthy:
+                self._heard_s = self._asked_s
+        return monotonic() - self._heard_s >= _LOST_AFTER_S
 
 
 class SGLangEngine:
@@ -254,8 +277,8 @@ class SGLangEngine:
             raise EngineError(self._why_unreachable(str(error))) from error
 
     def _close_gate(self, because: str) -> None:
+        self._shut_because = because  # first: whatever interrupts the wait, nothing goes on without a reason
         self._client.run(self._pool.hold())
-        self._shut_because = because
 
     def _open_gate(self, version: int) -> None:
         self._version, self._shut_because = version, ""
@@ -290,6 +313,7 @@ class SGLangEngine:
         return Progress(request, min(request.sampling.max_new_tokens, room))
 
     def _next(self) -> Sample:
+        silence = _Silence()
         while True:
             try:
                 found = self._pool.results.get(timeout=_POLL_S)
@@ -299,12 +323,22 @@ class SGLangEngine:
                     raise EngineError(
                         f"requests wait for an engine that serves nothing: {self._shut_because}"
                     ) from None
+                if silence.is_too_long(self._is_healthy):
+                    raise EngineError(
+                        self._why_unreachable(f"no result and no healthy answer for {_LOST_AFTER_S:.0f} s")
+                    ) from None
                 continue
             if isinstance(found, _Gone):
                 raise EngineError(self._why_unreachable(str(found))) from found
             if isinstance(found, Exception):
                 raise found
             return found
+
+    def _is_healthy(self) -> bool:
+        try:
+            return self._client.call("GET", "/health", timeout_s=_HEALTH_TIMEOUT_S).ok
+        except ServerUnreachable:
+            return False
 
     async def _serve(self, rid: str, progress: Progress) -> Piece:
         prompt_id, sample_id = progress.request.key
@@ -324,7 +358,7 @@ class SGLangEngine:
     async def _stop(self, rid: str | None) -> None:
         payload = {"abort_all": True} if rid is None else {"rid": rid}
         try:
-            await self._client.request("POST", "/abort_request", payload, timeout_s=_CONTROL_TIMEOUT_S)
+            await self._client.request("POST", "/abort_request", payload, timeout_s=_STOP_TIMEOUT_S)
         except ServerUnreachable as error:
             raise _Gone(str(error)) from error
 
@@ -381,6 +415,9 @@ class SteppingTransport:
                 engine._open_gate(inner.version)
             else:
                 engine._shut_because = f"the last sync failed ({error})"
+            raise
+        except BaseException as error:  # Ctrl-C, above all: what the engine holds now is not known
+            engine._shut_because = f"the last sync was interrupted ({type(error).__name__}): publish a version"
             raise
         finally:
             engine._is_syncing = False

@@ -42,6 +42,9 @@ class ScriptedServer:
         self.finishes_first = 0  # so many of the first requests do not pause
         self.refuses: str | None = None
         self.leaves_dirty = False
+        self.is_healthy = True
+        self.num_health = 0
+        self.ignores_aborts = False
         self.fails_with: tuple[int, dict[str, Any]] | None = None
         self.num_generate = self.num_flushes = self.num_running = self.num_paused = 0
         self.bodies: list[dict[str, Any]] = []  # of /generate
@@ -97,6 +100,7 @@ class ScriptedServer:
     async def _start(self, port: int) -> None:
         app = web.Application()
         app.router.add_get("/server_info", self._server_info)
+        app.router.add_get("/health", self._health)
         for path in ("generate", "abort_request", "flush_cache", "update_weights_from_tensor"):
             app.router.add_post(f"/{path}", getattr(self, f"_{path}"))
         for verb in ("release", "resume"):
@@ -107,6 +111,10 @@ class ScriptedServer:
 
     async def _server_info(self, request: web.Request) -> web.Response:
         return web.json_response(self.info)
+
+    async def _health(self, request: web.Request) -> web.Response:
+        self.num_health += 1
+        return web.Response(status=200 if self.is_healthy else 503)
 
     async def _generate(self, request: web.Request) -> web.Response:
         body = await request.json()
@@ -139,6 +147,8 @@ class ScriptedServer:
     async def _abort_request(self, request: web.Request) -> web.Response:
         body = await request.json()
         for rid, event in self._aborts.items():
+            if self.ignores_aborts:
+                continue
             if body.get("abort_all") or rid.startswith(body["rid"]):
                 event.set()
         return web.Response()

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from rollout_engine import sglang_engine
 from rollout_engine.config import RolloutConfig
 from rollout_engine.server_process import free_port
 from rollout_engine.sglang_engine import SGLangEngine
@@ -234,6 +235,81 @@ def test_a_server_that_goes_away_is_told(engine: SGLangEngine, server: ScriptedS
         list(samples)
     with pytest.raises(SyncError, match="could not be handed new weights"):
         server.publish(engine, 1)
+
+
+def test_a_server_that_hangs_is_given_up(
+    engine: SGLangEngine, server: ScriptedServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sglang_engine, "_ASK_AFTER_S", 0.0)
+    monkeypatch.setattr(sglang_engine, "_LOST_AFTER_S", 0.2)
+    server.publish(engine, 0)
+    server.pause_after, server.is_healthy = 2, False
+    with pytest.raises(EngineError, match="does not answer: no result and no healthy answer"):
+        list(engine.generate(requests(2)))
+
+
+def test_a_server_that_is_at_work_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock_s, asked = 0.0, 0
+    monkeypatch.setattr(sglang_engine, "monotonic", lambda: clock_s)
+
+    def is_healthy() -> bool:
+        nonlocal asked
+        asked += 1
+        return clock_s < 5000.0
+
+    silence = sglang_engine._Silence()
+    while not silence.is_too_long(is_healthy):
+        clock_s += 10.0
+    assert 5550.0 <= clock_s <= 5610.0, "ten minutes after the last healthy answer"
+    assert asked == clock_s // 60.0, "once a minute"
+
+
+def test_a_sync_into_a_server_that_hangs_fails(
+    engine: SGLangEngine, server: ScriptedServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.publish(engine, 0)
+    server.pause_after, server.finishes_first, server.ignores_aborts = 2, 1, True
+    samples = engine.generate(requests(3))
+    next(samples)
+    server.wait_until_paused()
+    monkeypatch.setattr(engine._pool, "_hold_timeout_s", 0.3)
+    with pytest.raises(SyncError, match=r"2 requests still run .*the server hangs"):
+        server.publish(engine, 1)
+    server.ignores_aborts = False
+    with pytest.raises(EngineError, match="requests wait for an engine that serves nothing"):
+        list(samples)
+
+
+@pytest.mark.parametrize("when", ["handed over", "judged"])
+def test_an_interrupted_sync_says_why_nothing_is_served(
+    engine: SGLangEngine, server: ScriptedServer, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    server.publish(engine, 0)
+
+    def interrupt(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        if when == "handed over":
+            patch.setattr(engine, "_control", interrupt)
+        else:
+            patch.setattr("sync.wire.Verdict.decode", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            server.publish(engine, 1)
+    with pytest.raises(EngineError, match=r"serves nothing: the last sync was interrupted \(KeyboardInterrupt\)"):
+        engine.generate(requests(1))
+    server.publish(engine, 2)
+    assert len(list(engine.generate(requests(1)))) == 1
+
+
+def test_two_engines_share_no_request_ids(engine: SGLangEngine, server: ScriptedServer, policy: Path) -> None:
+    other = SGLangEngine(policy, engine._config, eos_token_ids=(49,), work_dir=policy.parent / "other")
+    for each in (engine, other):
+        server.publish(each, 0)
+        list(each.generate(requests(2)))
+    other.close()
+    prefixes = [body["rid"].rpartition("-")[0] for body in server.bodies]
+    assert prefixes[0] == prefixes[1] != prefixes[2] == prefixes[3]
 
 
 def test_warm_up_fills_the_batch_and_forgets_it(engine: SGLangEngine, server: ScriptedServer) -> None:
