@@ -40,4 +40,5 @@ class RolloutConfig:
     sglang_start_timeout_s: float = 600.0
     sync_transport: str = "auto"  # ipc: same machine | disk: a shared folder | broadcast: NCCL or gloo; auto = ipc
     sync_dir: str = ""  # folder that trainer and engine both see, for disk and for an engine elsewhere
+    sync_host: str = ""  # for broadcast, the trainer's address as the engine sees it; "" = what its host name means
     sglang: dict[str, Any] = field(default_factory=dict)  # server flags, verbatim: mem_fraction_static = 0.3

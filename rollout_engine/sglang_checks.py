@@ -25,6 +25,7 @@ _SGLANG_ONLY = (
     "sglang_start_timeout_s",
     "sync_transport",
     "sync_dir",
+    "sync_host",
     "sglang",
 )
 
@@ -64,7 +65,7 @@ _PARALLEL = (
     ("nnodes",),
 )
 
-_THRESHOLDS = ("speculative_accept_threshold_single", "speculative_accept_threshold_acc")
+THRESHOLDS = ("speculative_accept_threshold_single", "speculative_accept_threshold_acc")
 
 
 def check_sglang(config: RolloutConfig) -> list[str]:
@@ -77,6 +78,8 @@ def check_sglang(config: RolloutConfig) -> list[str]:
             "rollout.verify_rule = 'coupled' needs seeds, which SGLang ignores while verifying: use 'rejection' or "
             "'target_only', or rollout.engine = 'torch'"
         )
+    if fault := top_k_fault(config.top_k, config.temperature):
+        raise EngineConfigError(f"rollout.{fault}")
     lossy = lossy_settings(config)
     if lossy and not config.allow_lossy:
         raise EngineConfigError(
@@ -127,14 +130,24 @@ def lossy_settings(config: RolloutConfig) -> list[str]:
     found = []
     if config.min_p > 0:
         found.append(f"rollout.min_p = {config.min_p} with speculation: SGLang applies it to the first token only")
-    for name in _THRESHOLDS:
+    for name in THRESHOLDS:
         threshold = config.sglang.get(name, 1.0)
-        if not _is_number(threshold) or threshold < 1:
+        if below_one(threshold):
             found.append(
                 f"rollout.sglang.{name} = {threshold!r} with speculation: below 1.0 SGLang keeps draft tokens that the "
                 "policy would reject"
             )
     return found
+
+
+def top_k_fault(top_k: int, temperature: float) -> str:
+    """ "", or why SGLang's log-probs of such samples would depend on what else is in the batch."""
+    if top_k != 1 or temperature in (0, 1):
+        return ""
+    return (
+        f"top_k = 1 at temperature {temperature}: in a batch of nothing else SGLang takes it for greedy and reports "
+        "log-probs at temperature 1; set the temperature to 0 or 1, the tokens are the same"
+    )
 
 
 def _check_translation(config: RolloutConfig) -> None:
@@ -191,5 +204,7 @@ def _warnings(config: RolloutConfig) -> list[str]:
     return warnings
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+def below_one(threshold: Any) -> bool:
+    """Also of what is no number."""
+    is_number = isinstance(threshold, int | float) and not isinstance(threshold, bool)
+    return not is_number or threshold < 1

@@ -18,6 +18,7 @@ from rollout_engine.config import RolloutConfig
 from rollout_engine.http_client import Reply, ServerUnreachable
 from rollout_engine.request_pool import Piece, Progress, RequestPool
 from rollout_engine.server_process import ServerProcess
+from rollout_engine.sglang_checks import top_k_fault
 from rollout_engine.sglang_ends import end_token_ids, ended
 from rollout_engine.sglang_install import update_protocol
 from rollout_engine.sglang_launch import attach, has_tokenizer, read_json, start
@@ -199,7 +200,9 @@ class SGLangEngine:
             exchange = Path(config.sync_dir) if config.sync_dir else self._work_dir / "sync"
             exchange.mkdir(parents=True, exist_ok=True)
             self._close_gate("no weights have been sent to it yet: publish a version first")
-            self._transport = SteppingTransport(connect(kind, self.deliver, self._roles, exchange), self)
+            self._transport = SteppingTransport(
+                connect(kind, self.deliver, self._roles, exchange, config.sync_host), self
+            )
         return self._transport
 
     def deliver(self, payload: bytes) -> None:
@@ -289,12 +292,12 @@ class SGLangEngine:
     def _check(self, requests: Sequence[RolloutRequest]) -> None:
         check_requests(requests, self._context_length, has_detokenizer=self._has_tokenizer)
         for request in requests:
+            name = f"request (prompt {request.prompt_id}, sample {request.sample_id})"
+            if fault := top_k_fault(request.sampling.top_k, request.sampling.temperature):
+                raise BadRequest(f"{name}: {fault}")
             # The server dies of these: its embedding reads beyond the table.
             if not all(0 <= token < self._vocab_size for token in request.prompt_ids):
-                raise BadRequest(
-                    f"request (prompt {request.prompt_id}, sample {request.sample_id}): a prompt token is outside the "
-                    f"vocabulary of {self._vocab_size}"
-                )
+                raise BadRequest(f"{name}: a prompt token is outside the vocabulary of {self._vocab_size}")
 
     def _collect(self, requests: list[RolloutRequest]) -> Iterator[Sample]:
         self._require_free()

@@ -50,6 +50,8 @@ def server_settings(
         "custom_weight_loader": [LOADER],
         "random_seed": 0,
         "skip_tokenizer_init": not has_tokenizer,
+        # Waits for the next message where it would poll with a whole core; under load it never waits.
+        "sleep_on_idle": True,
     }
     settings |= _on_gpu(config, device, has_flashinfer) if on_gpu else _on_cpu(config)
     if mem_fraction_static is not None:

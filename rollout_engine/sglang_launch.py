@@ -16,12 +16,12 @@ from rollout_engine.config import RolloutConfig
 from rollout_engine.http_client import HttpClient, ServerUnreachable
 from rollout_engine.memory import count_parameters, memory_needed, static_fraction
 from rollout_engine.server_process import ServerProcess, free_port, port_is_taken
+from rollout_engine.sglang_attach import attach_faults
 from rollout_engine.sglang_checks import check_draft_vocabulary, check_sglang
 from rollout_engine.sglang_flags import check_draft_fits, command_line, server_settings
 from rollout_engine.sglang_install import Installation, canonical, find_sglang, known_flags, update_protocol
 from rollout_engine.sglang_wire import failure_cause
 from rollout_engine.types import EngineConfigError, EngineError
-from sync.wire import LOADER
 
 _log = logging.getLogger(__name__)
 _PROJECT = Path(__file__).resolve().parent.parent
@@ -114,34 +114,6 @@ def attach(config: RolloutConfig, policy: Path, context_length: int) -> Server:
         raise EngineConfigError(f"rollout.sglang_address = {address!r}: {'; '.join(faults)}")
     update_protocol(info["version"])
     return Server(client, info["version"], None)
-
-
-def attach_faults(info: Mapping[str, Any], config: RolloutConfig, policy: Path, context_length: int) -> list[str]:
-    """In what a running server, described by its /server_info, is not the one that `config` asks for."""
-    if "version" not in info:
-        return ["what answers there does not describe itself as SGLang"]
-    speculates = config.speculative_algorithm != "NONE"
-    wanted: dict[str, Any] = {
-        "speculative_algorithm": config.speculative_algorithm if speculates else None,
-        "dtype": config.dtype,
-    }
-    if speculates:
-        wanted["speculative_num_draft_tokens"] = config.speculative_num_steps + 1
-    if config.speculative_algorithm == "EAGLE3" and info.get("device") != "cpu":
-        wanted["speculative_use_rejection_sampling"] = config.verify_rule == "rejection"
-    faults = [
-        f"it runs with {name} = {info.get(name)!r}, the run asks for {value!r}"
-        for name, value in wanted.items()
-        if info.get(name) != value
-    ]
-    # On another machine the same checkpoint may lie elsewhere; what its sync plan says is checked tensor by tensor.
-    if Path(info.get("model_path", "")).name != policy.resolve().name:
-        faults.append(f"it serves model_path = {info.get('model_path')!r}, the run's policy is {str(policy)!r}")
-    if (found := info.get("context_length")) is not None and found < context_length:
-        faults.append(f"its context_length = {found} is below the run's {context_length}")
-    if LOADER not in (info.get("custom_weight_loader") or ()):
-        faults.append(f"it was started without --custom-weight-loader {LOADER}, so no weights can be sent to it")
-    return faults
 
 
 def has_tokenizer(policy: Path) -> bool:

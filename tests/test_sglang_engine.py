@@ -14,7 +14,6 @@ from rollout_engine import sglang_engine
 from rollout_engine.config import RolloutConfig
 from rollout_engine.server_process import free_port
 from rollout_engine.sglang_engine import SGLangEngine
-from rollout_engine.sglang_launch import attach_faults
 from rollout_engine.types import (
     BadRequest,
     EngineConfigError,
@@ -24,11 +23,10 @@ from rollout_engine.types import (
     SamplingParams,
     VersionSpan,
 )
-from sync.plan import SyncError
+from sync.plan import SyncError, SyncPlan
 from tests.sglang_server_helpers import ScriptedServer
 
 PLAIN = RolloutConfig(engine="sglang", speculative_algorithm="NONE", max_running_requests=128)
-EAGLE3 = replace(PLAIN, speculative_algorithm="EAGLE3", speculative_num_steps=3)
 
 
 @pytest.fixture
@@ -84,6 +82,7 @@ def test_max_new_tokens_is_cut_to_the_context(engine: SGLangEngine, server: Scri
         (RolloutRequest(3, 4, ()), "the prompt is empty"),
         (RolloutRequest(3, 4, (1,) * 40), "no room in a context of 40"),
         (RolloutRequest(3, 4, (1,), SamplingParams(stop=("x",))), "stop strings need"),
+        (RolloutRequest(3, 4, (1,), SamplingParams(0.7, top_k=1)), r"sample 4\): top_k = 1 at temperature 0\.7"),
     ],
 )
 def test_bad_requests_never_reach_the_server(
@@ -302,6 +301,21 @@ def test_an_interrupted_sync_says_why_nothing_is_served(
     assert len(list(engine.generate(requests(1)))) == 1
 
 
+def test_the_address_for_a_broadcast_is_passed_on(
+    engine: SGLangEngine, server: ScriptedServer, policy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = replace(engine._config, sync_transport="broadcast", sync_host="10.1.2.3")
+    hosts = []
+
+    def carrier(plan: SyncPlan, host: str) -> None:
+        hosts.append(host)
+
+    monkeypatch.setattr("sync.remote.BroadcastCarrier", carrier)
+    other = SGLangEngine(policy, config, work_dir=policy.parent / "other")
+    assert other.transport.plan.by_name.keys() == {"policy.w"} and hosts == ["10.1.2.3"]
+    other.close()
+
+
 def test_two_engines_share_no_request_ids(engine: SGLangEngine, server: ScriptedServer, policy: Path) -> None:
     other = SGLangEngine(policy, engine._config, eos_token_ids=(49,), work_dir=policy.parent / "other")
     for each in (engine, other):
@@ -365,26 +379,6 @@ def test_it_cannot_decode_plainly_beside_and_has_no_state(engine: SGLangEngine) 
     with pytest.raises(EngineConfigError, match="plain_probe_interval = 0"):
         engine.without_speculation()
     assert engine.state() == {} and engine.reproducible is False
-
-
-def test_attaching_names_every_difference(policy: Path) -> None:
-    info = {
-        "version": "0.5.20",
-        "model_path": str(policy),
-        "dtype": "float32",
-        "speculative_algorithm": None,
-        "context_length": 48,
-        "custom_weight_loader": ["sync.loader.load"],
-    }
-    assert attach_faults(info, PLAIN, policy, 40) == []
-    assert attach_faults({}, PLAIN, policy, 40) == ["what answers there does not describe itself as SGLang"]
-    changed = info | {"dtype": "bfloat16", "context_length": 30, "custom_weight_loader": [], "model_path": "/other"}
-    faults = "; ".join(attach_faults(changed, PLAIN, policy, 40))
-    for expected in ("dtype = 'bfloat16'", "context_length = 30", "custom-weight-loader", "model_path = '/other'"):
-        assert expected in faults
-    assert "speculative_algorithm" in "; ".join(attach_faults(info, EAGLE3, policy, 40))
-    target_only = info | {"speculative_algorithm": "EAGLE3", "speculative_num_draft_tokens": 4, "device": "cuda"}
-    assert "rejection" in "; ".join(attach_faults(target_only, EAGLE3, policy, 40))
 
 
 def test_an_address_without_a_server_is_one_line(policy: Path, tmp_path: Path) -> None:

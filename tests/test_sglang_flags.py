@@ -11,6 +11,7 @@ import torch
 
 from rollout_engine.config import RolloutConfig
 from rollout_engine.memory import MemoryNeed, count_parameters, memory_needed, static_fraction
+from rollout_engine.sglang_checks import check_sglang
 from rollout_engine.sglang_flags import check_draft_fits, command_line, server_settings
 from rollout_engine.types import EngineConfigError
 
@@ -86,6 +87,23 @@ def test_flags_on_a_cpu() -> None:
 
 def test_a_device_index_is_passed_on() -> None:
     assert settings(PLAIN, device="cuda:2")["base_gpu_id"] == 2
+
+
+def test_an_idle_server_sleeps_unless_it_is_told_not_to() -> None:
+    assert settings(PLAIN)["sleep_on_idle"] is True
+    awake = settings(replace(PLAIN, sglang={"sleep_on_idle": False}))
+    assert "--sleep-on-idle" not in command_line(awake)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0, 1.5])
+def test_the_likeliest_token_alone_is_asked_for_at_temperature_0_or_1(temperature: float) -> None:
+    config = replace(PLAIN, temperature=temperature, top_k=1)
+    if temperature in (0.0, 1.0):
+        check_sglang(config)
+    else:
+        with pytest.raises(EngineConfigError, match=rf"rollout\.top_k = 1 at temperature {temperature}.*log-probs"):
+            check_sglang(config)
+    check_sglang(replace(config, top_k=2))
 
 
 def test_the_users_flags_win() -> None:

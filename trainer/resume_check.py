@@ -28,6 +28,7 @@ _FREE = frozenset(
         "rollout.sglang_start_timeout_s",
         "rollout.sync_transport",
         "rollout.sync_dir",
+        "rollout.sync_host",
     }
 )
 _FREE_TABLE = "rollout.sglang."

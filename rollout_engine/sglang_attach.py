@@ -1,0 +1,69 @@
+"""Whether a server that runs already is the one that a run's settings describe. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from rollout_engine.config import RolloutConfig
+from rollout_engine.sglang_checks import THRESHOLDS, below_one
+from sync.wire import LOADER
+
+_SILENT_CAP = 48  # requests that SGLang runs at once under speculation when it is not told how many
+
+
+def attach_faults(info: Mapping[str, Any], config: RolloutConfig, policy: Path, context_length: int) -> list[str]:
+    """In what a running server, described by its /server_info, is not the one that `config` asks for."""
+    if "version" not in info:
+        return ["what answers there does not describe itself as SGLang"]
+    faults = [
+        f"it runs with {name} = {info.get(name)!r}, the run asks for {value!r}"
+        for name, value in _wanted(info, config).items()
+        if info.get(name) != value
+    ]
+    faults += _size_faults(info, config, context_length)
+    if config.speculative_algorithm != "NONE" and not config.allow_lossy:
+        faults += [
+            f"it runs with {name} = {info[name]!r}: below 1.0 it keeps draft tokens that the policy would reject "
+            "(--allow-lossy accepts that)"
+            for name in THRESHOLDS
+            if name in info and below_one(info[name])
+        ]
+    # On another machine the same checkpoint may lie elsewhere; what its sync plan says is checked tensor by tensor.
+    if Path(info.get("model_path", "")).name != policy.resolve().name:
+        faults.append(f"it serves model_path = {info.get('model_path')!r}, the run's policy is {str(policy)!r}")
+    if LOADER not in (info.get("custom_weight_loader") or ()):
+        faults.append(f"it was started without --custom-weight-loader {LOADER}, so no weights can be sent to it")
+    return faults
+
+
+def _wanted(info: Mapping[str, Any], config: RolloutConfig) -> dict[str, Any]:
+    """The values that the server's settings must have, by name."""
+    algorithm, depth = config.speculative_algorithm, config.speculative_num_steps
+    wanted: dict[str, Any] = {
+        "speculative_algorithm": None if algorithm == "NONE" else algorithm,
+        "dtype": config.dtype,
+        "quantization": None,
+    }
+    # The loader sees whole tensors only. A server that does not name these has one of each.
+    wanted |= {name: 1 for name in ("tp_size", "dp_size", "pp_size", "nnodes") if name in info}
+    if algorithm != "NONE":
+        wanted["speculative_num_draft_tokens"] = depth + 1
+    if algorithm == "EAGLE3":
+        wanted |= {"speculative_num_steps": depth, "speculative_eagle_topk": 1}
+        if info.get("device") != "cpu":
+            wanted["speculative_use_rejection_sampling"] = config.verify_rule == "rejection"
+    if config.offload:
+        wanted["enable_memory_saver"] = True
+    return wanted
+
+
+def _size_faults(info: Mapping[str, Any], config: RolloutConfig, context_length: int) -> Iterator[str]:
+    if (found := info.get("context_length")) is not None and found < context_length:
+        yield f"its context_length = {found} is below the run's {context_length}"
+    most = info.get("max_running_requests")
+    if most is None and config.speculative_algorithm != "NONE":
+        most = _SILENT_CAP
+    if most is not None and most < config.max_running_requests:
+        yield f"it runs max_running_requests = {most} at once, the run asks for {config.max_running_requests}"

@@ -1,0 +1,92 @@
+"""A server that runs already is refused when it is another one than the settings describe, or a lossy one."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rollout_engine.config import RolloutConfig
+from rollout_engine.sglang_attach import attach_faults
+
+POLICY = Path("/models/policy")
+PLAIN = RolloutConfig(engine="sglang", speculative_algorithm="NONE", dtype="float32", max_running_requests=32)
+EAGLE3 = replace(PLAIN, speculative_algorithm="EAGLE3", speculative_num_steps=3)
+INFO = {
+    "version": "0.5.20",
+    "model_path": "/elsewhere/policy",
+    "dtype": "float32",
+    "quantization": None,
+    "speculative_algorithm": None,
+    "context_length": 48,
+    "max_running_requests": 32,
+    "tp_size": 1,
+    "custom_weight_loader": ["sync.loader.load"],
+}
+SPECULATING = INFO | {
+    "device": "cuda",
+    "speculative_algorithm": "EAGLE3",
+    "speculative_num_draft_tokens": 4,
+    "speculative_num_steps": 3,
+    "speculative_eagle_topk": 1,
+    "speculative_use_rejection_sampling": True,
+    "speculative_accept_threshold_single": 1.0,
+    "speculative_accept_threshold_acc": 1.0,
+}
+
+
+def faults(info: dict[str, Any], config: RolloutConfig) -> str:
+    return "; ".join(attach_faults(info, config, POLICY, 40))
+
+
+def test_one_as_it_would_be_started_is_taken() -> None:
+    assert faults(INFO, PLAIN) == faults(SPECULATING, EAGLE3) == ""
+    assert faults({}, PLAIN) == "what answers there does not describe itself as SGLang"
+    assert "speculative_algorithm = None" in faults(INFO, EAGLE3)
+    assert "speculative_algorithm = 'EAGLE3', the run asks for None" in faults(SPECULATING, PLAIN)
+
+
+def test_all_differences_are_named_at_once() -> None:
+    changed = {"dtype": "bfloat16", "context_length": 30, "custom_weight_loader": [], "model_path": "/other"}
+    found = faults(INFO | changed, PLAIN)
+    for expected in ("dtype = 'bfloat16'", "context_length = 30", "custom-weight-loader", "model_path = '/other'"):
+        assert expected in found
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"speculative_accept_threshold_single": 0.5}, "threshold_single = 0.5: below 1.0 it keeps draft tokens"),
+        ({"speculative_accept_threshold_acc": 0.9}, "threshold_acc = 0.9: below"),
+        ({"speculative_eagle_topk": 4}, "speculative_eagle_topk = 4, the run asks for 1"),
+        ({"speculative_num_steps": 2}, "speculative_num_steps = 2, the run asks for 3"),
+        ({"speculative_num_draft_tokens": 8}, "speculative_num_draft_tokens = 8"),
+        ({"speculative_use_rejection_sampling": False}, "rejection_sampling = False, the run asks for True"),
+        ({"max_running_requests": 16}, "max_running_requests = 16 at once, the run asks for 32"),
+        ({"tp_size": 2}, "tp_size = 2, the run asks for 1"),
+        ({"quantization": "fp8"}, "quantization = 'fp8'"),
+    ],
+)
+def test_a_difference_is_named(change: dict[str, Any], message: str) -> None:
+    assert message in faults(SPECULATING | change, EAGLE3)
+
+
+def test_lossy_ones_can_be_allowed_and_plain_ones_have_no_thresholds() -> None:
+    lossy = {"speculative_accept_threshold_single": 0.5}
+    assert faults(SPECULATING | lossy, replace(EAGLE3, allow_lossy=True)) == ""
+    assert faults(INFO | lossy, PLAIN) == ""
+
+
+def test_one_that_caps_its_requests_in_silence() -> None:
+    assert "48 at once" in faults(
+        SPECULATING | {"max_running_requests": None}, replace(EAGLE3, max_running_requests=64)
+    )
+    assert faults(INFO | {"max_running_requests": None}, replace(PLAIN, max_running_requests=64)) == ""
+
+
+def test_memory_can_only_be_given_back_by_one_that_saves_it() -> None:
+    offloading = replace(PLAIN, offload=True)
+    assert "enable_memory_saver = None, the run asks for True" in faults(INFO, offloading)
+    assert faults(INFO | {"enable_memory_saver": True}, offloading) == ""
