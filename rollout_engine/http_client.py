@@ -31,7 +31,8 @@ class Reply:
         """Raises ValueError when the body is not JSON."""
         return json.loads(self.body)
 
-    def text(self, limit: int = 500) -> str:
+    def text(self, limit: int | None = 500) -> str:
+        """Its first `limit` characters; None = all."""
         return self.body.decode(errors="replace").strip()[:limit]
 
 

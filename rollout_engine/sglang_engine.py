@@ -8,6 +8,7 @@ end); and in `sync.loader`, which runs inside it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from queue import Empty
 from time import monotonic, sleep
@@ -22,7 +23,7 @@ from rollout_engine.sglang_checks import top_k_fault
 from rollout_engine.sglang_ends import end_token_ids, ended
 from rollout_engine.sglang_install import update_protocol
 from rollout_engine.sglang_launch import attach, has_tokenizer, read_json, start
-from rollout_engine.sglang_wire import error_text, generate_body, read_piece, update_body
+from rollout_engine.sglang_wire import error_text, generate_body, read_piece, routes, update_body
 from rollout_engine.stopping import Detokenize
 from rollout_engine.types import (
     BadRequest,
@@ -113,6 +114,7 @@ class SGLangEngine:
             server = start(config, policy, draft, self._context_length, work_dir, leaves_room=not serves_files)
         self._process, self._client, self._server_version = server.process, server.client, server.version
         self._pool = RequestPool(self._serve, self._stop, config.max_running_requests)
+        self._begins_updates: bool | None = None  # None: not asked yet
         self._transport: SteppingTransport | None = None
         self._version = 0 if serves_files else -1
         self._shut_because = "" if serves_files else "no weights have been sent to it yet: publish a version first"
@@ -211,15 +213,10 @@ class SGLangEngine:
         Running requests are interrupted and wait with what they have; `SteppingTransport` lets them go on once the
         loader's verdict is known. Raises SyncError when the server cannot be reached or died of it.
         """
-        begin_end = update_protocol(self._server_version)
         try:
             self._client.run(self._pool.hold())
-            if begin_end:
-                self._control("/begin_weight_update", {"selector": "all"})
-            body = update_body(payload) | ({"selector": "all"} if begin_end else {})
-            self._control("/update_weights_from_tensor", body)
-            if begin_end:
-                self._control("/end_weight_update", {})
+            with self._weight_update() as models:
+                self._control("/update_weights_from_tensor", update_body(payload) | models)
             self._resume("kv_cache")
             self._flush()
         except EngineError as error:
@@ -254,6 +251,28 @@ class SGLangEngine:
         if self._process is not None:
             self._process.close()
         self._client.close()
+
+    @contextmanager
+    def _weight_update(self) -> Iterator[dict[str, Any]]:
+        """Which models an update is for; begun and ended where this SGLang asks for it, ended after a failure too.
+
+        A server that is left in an update refuses the next one.
+        """
+        if self._begins_updates is None:
+            reply = self._call("GET", "/openapi.json")
+            self._begins_updates = update_protocol(self._server_version, routes(reply.text(None)) if reply.ok else ())
+        if not self._begins_updates:
+            yield {}
+            return
+        models = {"selector": "all"}
+        try:
+            self._control("/begin_weight_update", models)
+            yield models
+        except BaseException:
+            with suppress(EngineError):  # the first failure is the one to tell
+                self._control("/end_weight_update", {})
+            raise
+        self._control("/end_weight_update", {})
 
     def _resume(self, tag: str) -> None:
         if tag in self._released:

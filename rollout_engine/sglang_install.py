@@ -7,7 +7,7 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -17,6 +17,7 @@ from rollout_engine.types import EngineConfigError
 
 _OLDEST, _NEWEST = (0, 5, 15), (0, 5, 23)  # the protocol was read in both and in between
 _BEGIN_END_SINCE = (0, 5, 23)
+_BEGIN_ROUTE = "/begin_weight_update"
 _PROBE_TIMEOUT_S = 60.0
 _PROBE = """
 import importlib.util as u, json
@@ -39,7 +40,7 @@ class Installation:
 
 def find_sglang(python: str) -> Installation:
     """The SGLang of the interpreter `python` ("" = this one). EngineConfigError: there is none, or an unknown one."""
-    python = python or sys.executable
+    python = str(Path(python).absolute()) if python else sys.executable  # the server starts in another folder
     mend = "pip install '.[sglang]', or let rollout.sglang_python name the interpreter of an environment that has it"
     try:
         done = subprocess.run(
@@ -68,10 +69,11 @@ def read_version(folder: Path) -> str:
     raise EngineConfigError(f"{folder}: no version in _version.py; install SGLang again")
 
 
-def update_protocol(version: str) -> bool:
-    """Whether weight updates of this version stand between begin_weight_update and end_weight_update.
+def update_protocol(version: str, routes: Collection[str] = ()) -> bool:
+    """Whether weight updates of this server stand between begin_weight_update and end_weight_update.
 
-    Raises EngineConfigError for a version whose protocol is not known.
+    By its `routes` where they are known (builds between two releases carry the number of the older one), otherwise by
+    its version. Raises EngineConfigError for a version whose protocol is not known.
     """
     found = re.match(r"(\d+)\.(\d+)\.(\d+)", version)
     numbers = tuple(map(int, found.groups())) if found else ()
@@ -81,7 +83,7 @@ def update_protocol(version: str) -> bool:
             f"SGLang {version} is not known to this engine: install one from {oldest} to {newest} "
             "(0.5.15.post1 is what pip install '.[sglang]' brings)"
         )
-    return numbers >= _BEGIN_END_SINCE
+    return _BEGIN_ROUTE in routes if routes else numbers >= _BEGIN_END_SINCE
 
 
 def known_flags(folder: Path) -> dict[str, str]:

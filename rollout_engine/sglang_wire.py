@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 import pickle
 import re
 from collections.abc import Collection, Mapping
@@ -99,6 +100,14 @@ def update_body(payload: bytes) -> dict[str, Any]:
         "load_format": LOADER,
         "flush_cache": False,
     }
+
+
+def routes(openapi: str) -> frozenset[str]:
+    """The paths that a server's /openapi.json names; none when that is no such description."""
+    try:
+        return frozenset(json.loads(openapi)["paths"])
+    except (ValueError, KeyError, TypeError):
+        return frozenset()
 
 
 def error_text(status: int, text: str) -> str:

@@ -44,6 +44,10 @@ class ScriptedServer:
         self.leaves_dirty = False
         self.is_healthy = True
         self.num_health = 0
+        self.describes_routes = False  # serves /openapi.json
+        self.update_routes: tuple[str, ...] = ("update_weights_from_tensor",)
+        self.fails_update = False
+        self.update_calls: list[tuple[str, str | None]] = []  # route and selector
         self.ignores_aborts = False
         self.fails_with: tuple[int, dict[str, Any]] | None = None
         self.num_generate = self.num_flushes = self.num_running = self.num_paused = 0
@@ -101,6 +105,9 @@ class ScriptedServer:
         app = web.Application()
         app.router.add_get("/server_info", self._server_info)
         app.router.add_get("/health", self._health)
+        app.router.add_get("/openapi.json", self._openapi)
+        for verb in ("begin", "end"):
+            app.router.add_post(f"/{verb}_weight_update", self._session)
         for path in ("generate", "abort_request", "flush_cache", "update_weights_from_tensor"):
             app.router.add_post(f"/{path}", getattr(self, f"_{path}"))
         for verb in ("release", "resume"):
@@ -111,6 +118,15 @@ class ScriptedServer:
 
     async def _server_info(self, request: web.Request) -> web.Response:
         return web.json_response(self.info)
+
+    async def _openapi(self, request: web.Request) -> web.Response:
+        if not self.describes_routes:
+            return web.Response(status=404)
+        return web.json_response({"paths": {f"/{route}": {} for route in ("generate", *self.update_routes)}})
+
+    async def _session(self, request: web.Request) -> web.Response:
+        self.update_calls.append((request.path, (await request.json()).get("selector")))
+        return web.Response()
 
     async def _health(self, request: web.Request) -> web.Response:
         self.num_health += 1
@@ -169,6 +185,9 @@ class ScriptedServer:
     async def _update_weights_from_tensor(self, request: web.Request) -> web.Response:
         self.running_at_update += self.num_running
         body = await request.json()
+        self.update_calls.append((request.path, body.get("selector")))
+        if self.fails_update:
+            return web.Response(status=400, text="no")
         ((_, payload),) = pickle.loads(base64.b64decode(body["serialized_named_tensors"][0]))
         message = Message.decode(bytes(payload.tolist()))
         verdict_path(message).write_bytes(self._judge(message).encode())

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -46,12 +47,22 @@ def policy(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def engine(server: ScriptedServer, policy: Path, tmp_path: Path) -> Iterator[SGLangEngine]:
+def make_engine(server: ScriptedServer, policy: Path, tmp_path: Path) -> Iterator[Callable[[], SGLangEngine]]:
     config = replace(PLAIN, sglang_address=server.address, sync_dir=str(tmp_path / "sync"), max_running_requests=2)
     server.info["model_path"] = str(policy)
-    engine = SGLangEngine(policy, config, eos_token_ids=(49,), work_dir=tmp_path / "work")
-    yield engine
-    engine.close()
+    with ExitStack() as stack:
+
+        def make() -> SGLangEngine:
+            engine = SGLangEngine(policy, config, eos_token_ids=(49,), work_dir=tmp_path / "work")
+            stack.callback(engine.close)
+            return engine
+
+        yield make
+
+
+@pytest.fixture
+def engine(make_engine: Callable[[], SGLangEngine]) -> SGLangEngine:
+    return make_engine()
 
 
 def requests(num_requests: int, **sampling: Any) -> list[RolloutRequest]:
@@ -154,6 +165,52 @@ def test_a_refused_sync_leaves_the_old_version_serving(engine: SGLangEngine, ser
         server.publish(engine, 4)
     (sample,) = engine.generate(requests(1))
     assert sample.policy_versions == (VersionSpan(0, 4, 3),)
+
+
+BEGIN, UPDATE, END = (
+    ("/begin_weight_update", "all"),
+    ("/update_weights_from_tensor", "all"),
+    ("/end_weight_update", None),
+)
+
+
+@pytest.mark.parametrize(
+    ("version", "describes_routes", "has_sessions", "calls"),
+    [
+        ("0.5.20", False, True, [("/update_weights_from_tensor", None)]),
+        ("0.5.23", False, True, [BEGIN, UPDATE, END]),
+        ("0.5.22", True, True, [BEGIN, UPDATE, END]),
+        ("0.5.23", True, False, [("/update_weights_from_tensor", None)]),
+    ],
+)
+def test_an_update_is_begun_and_ended_where_the_server_asks_for_it(
+    server: ScriptedServer,
+    make_engine: Callable[[], SGLangEngine],
+    version: str,
+    describes_routes: bool,
+    has_sessions: bool,
+    calls: list[tuple[str, str | None]],
+) -> None:
+    server.info["version"], server.describes_routes = version, describes_routes
+    if has_sessions:
+        server.update_routes += ("begin_weight_update", "end_weight_update")
+    engine = make_engine()
+    server.publish(engine, 0)
+    assert server.update_calls == calls * 2, "to attach, and to apply"
+
+
+def test_an_update_that_failed_is_ended_too(server: ScriptedServer, make_engine: Callable[[], SGLangEngine]) -> None:
+    server.info["version"] = "0.5.23"
+    engine = make_engine()
+    server.publish(engine, 0)
+    server.update_calls.clear()
+    server.fails_update = True
+    with pytest.raises(SyncError, match="refused /update_weights_from_tensor: HTTP 400: no"):
+        server.publish(engine, 1)
+    assert server.update_calls == [BEGIN, UPDATE, END]
+    server.fails_update = False
+    server.publish(engine, 2)
+    assert len(list(engine.generate(requests(1)))) == 1
 
 
 def test_a_broken_sync_stops_serving_until_a_whole_one(engine: SGLangEngine, server: ScriptedServer) -> None:

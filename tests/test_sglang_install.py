@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from rollout_engine.sglang_install import canonical, find_sglang, known_flags, read_version, update_protocol
+from rollout_engine.sglang_launch import _environment
 from rollout_engine.types import EngineConfigError
 
 
@@ -61,6 +62,11 @@ def test_the_update_protocol_goes_by_the_version(version: str, begin_end: bool) 
     assert update_protocol(version) is begin_end
 
 
+def test_the_routes_that_a_server_names_say_more_than_its_version() -> None:
+    begins = {"/generate", "/begin_weight_update", "/end_weight_update"}
+    assert update_protocol("0.5.22", begins) is True and update_protocol("0.5.23", {"/generate"}) is False
+
+
 @pytest.mark.parametrize("version", ["0.5.14", "0.5.24", "0.6.0", "1.0", "unknown"])
 def test_unknown_versions_are_refused(version: str) -> None:
     with pytest.raises(EngineConfigError, match=f"SGLang {version} is not known"):
@@ -80,3 +86,27 @@ def test_sglang_that_is_not_there_is_one_line(tmp_path: Path) -> None:
         find_sglang(sys.executable)
     with pytest.raises(EngineConfigError, match="cannot be run"):
         find_sglang(str(tmp_path / "python"))
+
+
+def test_an_interpreter_is_found_from_any_folder_afterwards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The server is started in a folder of its own; a link must stay one, or its environment is lost."""
+    package = tmp_path / "sglang"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "_version.py").write_text("__version__ = version = '0.5.20'\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    Path("python").symlink_to(sys.executable)
+    assert find_sglang("./python").python == str(tmp_path / "python")
+
+
+def test_a_server_is_no_rank_of_the_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With torchrun's variables SGLang would wait for a store that torchrun's agent keeps for the trainer's ranks."""
+    of_torchrun = (
+        *("RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE"),
+        *("ROLE_WORLD_SIZE", "ROLE_NAME", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_USE_AGENT_STORE"),
+    )
+    for name in (*of_torchrun, "LOCAL_DATA"):
+        monkeypatch.setenv(name, "1")
+    found = _environment("cpu", tmp_path)
+    assert not found.keys() & set(of_torchrun) and found["LOCAL_DATA"] == "1"

@@ -18,6 +18,7 @@ from rollout_engine.sglang_wire import (
     generate_body,
     plain_stats,
     read_piece,
+    routes,
     spec_stats,
     update_body,
 )
@@ -134,6 +135,11 @@ def test_an_update_carries_the_payload_unchanged() -> None:
     assert name == "slipstream" and tensor.dtype == torch.uint8 and bytes(tensor.tolist()) == b"the message"
     assert body["load_format"] == "sync.loader.load"
     assert body["flush_cache"] is False, "SGLang 0.5.15 dies of a flush that it refuses"
+
+
+def test_the_routes_of_a_server() -> None:
+    assert routes('{"paths": {"/a": {}, "/b": {}}}') == {"/a", "/b"}
+    assert routes("<html>") == routes("[]") == routes("{}") == frozenset()
 
 
 def test_error_answers_become_one_line() -> None:
