@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,15 +31,9 @@ _ALONE_SHARE = 0.85  # where no training runs beside it
 _HIGHEST_PORT = 55000  # SGLang 0.5.15 takes the port 10,000 above for gRPC and refuses to start without one
 _HEALTH_TIMEOUT_S = 30.0
 _ITEMSIZE = {"float32": 4, "bfloat16": 2}
-# torchrun's variables would make SGLang's own process groups join the trainer's.
-_NOT_FOR_THE_SERVER = (
-    "RANK",
-    "LOCAL_RANK",
-    "GROUP_RANK",
-    "WORLD_SIZE",
-    "LOCAL_WORLD_SIZE",
-    "MASTER_ADDR",
-    "MASTER_PORT",
+# torchrun's variables would make SGLang's own process groups join the trainer's, or wait for torchrun's store.
+_OF_TORCHRUN = re.compile(
+    r"((LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|ROLE_NAME|MASTER_ADDR|MASTER_PORT|TORCHELASTIC_.*)"
 )
 
 
@@ -209,7 +204,7 @@ def _environment(device: str, work_dir: Path) -> dict[str, str]:
     link = visible / "sync"
     link.unlink(missing_ok=True)
     link.symlink_to(_PROJECT / "sync")
-    env = {key: value for key, value in os.environ.items() if key not in _NOT_FOR_THE_SERVER}
+    env = {key: value for key, value in os.environ.items() if not _OF_TORCHRUN.fullmatch(key)}
     env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(visible), env.get("PYTHONPATH", "")]))
     # Lets the server's context be a little longer than the model's, see sglang_flags, and a draft's shorter.
     env["SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN"] = "1"
