@@ -123,7 +123,7 @@ class RemoteTransport:
             self._carrier = None
 
     def _message(self, kind: str, **fields: Any) -> Message:
-        return Message(kind, uuid.uuid4().hex, self._roles, str(self._exchange_dir.absolute()), **fields)
+        return Message(kind, uuid.uuid4().hex, self._roles, str(self._exchange_dir), **fields)
 
     def _ask(self, message: Message, deliver: Deliver) -> Verdict:
         """Deliver `message` and read the verdict on it, which also says what the engine holds from now on."""
@@ -175,6 +175,7 @@ def connect(kind: str, deliver: Deliver, roles: Sequence[str], exchange_dir: Pat
     """
     if kind not in KINDS:
         raise SyncError(f"sync_transport is {kind!r}: choose one of {', '.join(KINDS)}")
+    exchange_dir = exchange_dir.absolute()  # the engine has another working folder
     make_carrier: dict[str, Callable[[SyncPlan], Carrier]] = {
         "ipc": IpcCarrier,
         # A folder for each attach: after it the same version may be published again.

@@ -427,3 +427,23 @@ def test_the_loader_needs_torch_and_sync_alone() -> None:
         check=True,
     )
     assert done.stdout.strip() == "[]"
+
+
+def test_a_folder_of_exchange_is_found_from_another_working_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An engine started here does not run here: neither weights nor verdict may be named relative to it."""
+    (tmp_path / "exchange").mkdir()
+    (tmp_path / "engine").mkdir()
+    policy = make_policy("Qwen3ForCausalLM")
+    engine = Engine(policy, make_draft(policy))
+
+    def deliver(payload: bytes) -> None:
+        with monkeypatch.context() as patch:
+            patch.chdir(tmp_path / "engine")
+            engine.deliver(payload)
+
+    monkeypatch.chdir(tmp_path)
+    engine.transport = connect("disk", deliver, ROLES, Path("exchange"))
+    engine.publish(seed=1, version=1)
+    engine.assert_holds(seed=1)
