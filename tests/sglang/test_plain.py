@@ -57,6 +57,19 @@ def server(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Se
 # ------------------------------------------------------------ requests
 
 
+def test_responses_end_where_they_should_whatever_interrupts_them(server: Served) -> None:
+    """Every sample brings a new version, so that many responses are interrupted in the step of their end."""
+    stops = tuple(range(20, 50))
+    sampling = SamplingParams(1.3, max_new_tokens=40, stop_token_ids=stops)
+    for _ in range(3):
+        requests = [RolloutRequest(0, i, (3 + i, 9, 8), sampling) for i in range(16)]
+        for sample in server.engine.generate(requests):
+            assert not {helpers.EOS, *stops} & set(sample.token_ids[:-1])
+            assert len(sample.token_ids) <= 40 and sample.finish_reason is not FinishReason.ABORT
+            assert (sample.finish_reason is FinishReason.STOP) == (sample.token_ids[-1] in {helpers.EOS, *stops})
+            server.publish(server.weights)
+
+
 def test_logprobs_and_tokens_are_those_of_the_embedded_engine(server: Served) -> None:
     """Twelve requests over four slots, at T = 0, 0.7 and 1.3."""
     requests = [
