@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from rollout_engine.server_process import free_port
 from tests import loop_helpers
 from tests.sglang import helpers
 from trainer.config import RunConfig
@@ -43,3 +46,22 @@ def test_policy_and_draft_are_trained_served_and_resumed(model: Path, tmp_path: 
     assert max(line["logp_diff_max"] for line in found) < helpers.LOGPROB_TOLERANCE
     assert all(line["accept_length"] >= 1.0 and line["draft_loss"] > 0 for line in found)
     assert (folder / "draft" / "model.safetensors").exists()
+
+
+def test_two_ranks_of_a_trainer_share_a_server(model: Path, tmp_path: Path) -> None:
+    """As torchrun starts them: its environment must not make the server one of its ranks."""
+    flags = (
+        *(f"--hf-checkpoint={model}", f"--prompt-data={model}/train.jsonl", f"--run-dir={tmp_path}", "--name=two"),
+        *("--custom-rm-path=tests.loop_helpers:graded_reward", "--num-rollout=2", "--rollout-batch-size=2"),
+        *("--n-samples-per-prompt=4", "--rollout-max-response-len=12", "--max-running-requests=4"),
+        *("--engine=sglang", "--rollout.device=cpu", f"--sglang-python={helpers.SGLANG_PYTHON}"),
+        *("--sglang-sleep-on-idle", "--speculative-algorithm=NONE", "--tensor-model-parallel-size=2"),
+    )
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port", str(free_port()))
+    done = subprocess.run(
+        [*torchrun, "-m", "trainer.cli", "train", *flags], cwd=helpers.ROOT, capture_output=True, text=True, timeout=200
+    )
+    assert done.returncode == 0, done.stderr
+    found = loop_helpers.metrics(tmp_path / "two")
+    assert [line["policy_version"] for line in found] == [0, 1]
+    assert max(line["logp_diff_max"] for line in found) < helpers.LOGPROB_TOLERANCE
