@@ -239,7 +239,27 @@ def test_a_sync_in_mid_generate_loses_nothing(engine: SGLangEngine, models: Mode
         assert [span.start for span in sample.policy_versions] == sorted(span.start for span in sample.policy_versions)
         assert sample.policy_versions[0].start == 0 and sample.policy_versions[-1].end == len(sample.token_ids)
         assert sample.finish_reason in (FinishReason.STOP, FinishReason.LENGTH)
-        assert len(sample.logprobs) == len(sample.token_ids)
+        assert len(sample.logprobs) == len(sample.token_ids) <= 400 and EOS not in sample.token_ids[:-1]
+
+
+def test_no_interruption_lets_a_response_pass_its_end(engine: SGLangEngine, models: Models) -> None:
+    """Every sample brings a new version: with several tokens a step, some are interrupted in the step of their end."""
+    stops = tuple(range(0, VOCAB, 16))
+    prompts = [request.prompt_ids for request in requests(4 * SLOTS)]
+    work = [
+        RolloutRequest(0, i, prompt, SamplingParams(max_new_tokens=2 + i % 23, stop_token_ids=stops))
+        for i, prompt in enumerate(prompts)
+    ]
+    send(engine, models, engine.transport.version + 1)
+    for sample in engine.generate(work):
+        limit = sample.request.sampling.max_new_tokens
+        assert not {EOS, *stops} & set(sample.token_ids[:-1])
+        if sample.finish_reason is FinishReason.STOP:
+            assert sample.token_ids[-1] in {EOS, *stops}
+        else:
+            assert sample.finish_reason is FinishReason.LENGTH and len(sample.token_ids) == limit
+        assert len(sample.logprobs) == len(sample.token_ids) <= limit
+        send(engine, models, engine.transport.version + 1)
 
 
 def test_abort_keeps_what_there_is(engine: SGLangEngine, models: Models) -> None:

@@ -64,8 +64,7 @@ def other_weights(weights: Mapping[str, torch.Tensor], seed: int) -> Weights:
 
 
 def start(policy: Path, work_dir: Path, *, draft: Path | None = None, **settings: Any) -> SGLangEngine:
-    """A server on the CPU with four slots; it sleeps when idle, because the tests share two cores with it."""
-    sglang = {"sleep_on_idle": True} | settings.pop("sglang", {})
+    """A server on the CPU with four slots."""
     config = RolloutConfig(
         **(
             {
@@ -77,7 +76,6 @@ def start(policy: Path, work_dir: Path, *, draft: Path | None = None, **settings
                 "speculative_algorithm": "NONE",
                 "sglang_python": str(SGLANG_PYTHON),
                 "sglang_start_timeout_s": 200.0,
-                "sglang": sglang,
             }
             | settings
         )

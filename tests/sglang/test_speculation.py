@@ -24,7 +24,7 @@ from sync.plan import SyncError
 from sync.publish import publish
 from tests.rollout_engine_helpers import TINY, save_hf_model
 from tests.sglang import helpers
-from tests.sglang.helpers import Reference, Weights, greedy_batch, serve
+from tests.sglang.helpers import Reference, Weights, greedy, greedy_batch, serve
 
 pytestmark = pytest.mark.sglang
 VOCAB = 16
@@ -217,3 +217,15 @@ def test_ngram_is_lossless_before_and_after_an_update(ngram: SGLangEngine, polic
         for sample in samples.values():
             assert_consistent(sample)
         assert total(samples).accept_length > 1.2
+
+
+def test_no_interruption_lets_a_response_pass_its_limit(ngram: SGLangEngine, weights: Weights) -> None:
+    """Every sample brings a new version: a verify step that is interrupted may hold more tokens than are left."""
+    version = ngram.transport.version + 1
+    publish(weights, None, ngram.transport, version)
+    for _ in range(3):
+        requests = [greedy((3 + i % 5, 9, 8) * 2, i, max_new_tokens=2 + i % 12) for i in range(24)]
+        for sample in ngram.generate(requests):
+            helpers.assert_whole(sample)
+            version += 1
+            publish(weights, None, ngram.transport, version)
