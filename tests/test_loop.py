@@ -55,6 +55,7 @@ def test_what_a_run_leaves_behind(unbroken: Path) -> None:
     assert [line["policy_version"] for line in lines] == [0, 1, 2]  # each step is served by the weights before it
     assert {"reward", "accept_length", "predicted_accept_length", "logp_diff_mean", "logp_diff_max"} <= lines[0].keys()
     assert max(line["logp_diff_max"] for line in lines) < 1e-4
+    assert all(abs(line["surprise_gap_z"]) < 5 for line in lines), "the engine samples from the policy's own law"
     assert "<svg" in (unbroken / "report.html").read_text()
     assert list((unbroken / "tensorboard").iterdir())
 

@@ -18,7 +18,10 @@ from trainer.config import AlgorithmConfig
 from trainer.policy_layout import RankLayout
 
 # what a micro-batch reports: sums over response tokens, and maxima
-SUM_NAMES = ("loss", "entropy", "clip_frac", "kl", "logp_diff_mean", "ratio_mean", "tis_mean", "tis_clip_frac")
+SUM_NAMES = (
+    *("loss", "entropy", "clip_frac", "kl", "logp_diff_mean", "ratio_mean", "tis_mean", "tis_clip_frac"),
+    *("surprise_gap", "surprise_gap_squared"),
+)
 MAX_NAMES = ("logp_diff_max", "ratio_max", "tis_max")
 
 
@@ -147,7 +150,10 @@ def policy_loss(
         loss_R = loss_R - algorithm.entropy_coef * entropy_R
 
     diff_R = (served_R - batch.rollout_logp_R).abs()
-    summed = (loss_R, entropy_R, clipped_R, kl_R, diff_R, ratio_R, weights_R, weights_R >= algorithm.tis_clip)
+    # With old log-probs the entropy at hand is another version's than the one that sampled.
+    gap_R = -served_R - entropy_R if old_logp_R is None else torch.zeros_like(served_R)
+    rule_R = (loss_R, entropy_R, clipped_R, kl_R, diff_R, ratio_R, weights_R, weights_R >= algorithm.tis_clip)
+    summed = (*rule_R, gap_R, gap_R.double().square())
     report = Report(
         batch.sample_indices,
         logp_R.numel(),
@@ -181,5 +187,20 @@ def reduce_reports(reports: Sequence[Report], layout: RankLayout) -> dict[str, f
         for values in (sums, maxima):
             dist.broadcast(values, group=layout.pp.group, group_src=layout.pp.size - 1)
     num_tokens, *totals = sums.tolist()
-    means = {name: total / num_tokens for name, total in zip(SUM_NAMES, totals, strict=True)}
-    return {"num_tokens": num_tokens} | means | dict(zip(MAX_NAMES, maxima.tolist(), strict=True))
+    by_name = dict(zip(SUM_NAMES, totals, strict=True))
+    surprise = surprise_metrics(num_tokens, by_name.pop("surprise_gap"), by_name.pop("surprise_gap_squared"))
+    means = {name: total / num_tokens for name, total in by_name.items()}
+    return {"num_tokens": num_tokens} | means | dict(zip(MAX_NAMES, maxima.tolist(), strict=True)) | surprise
+
+
+def surprise_metrics(num_tokens: float, gap_sum: float, squared_sum: float) -> dict[str, float]:
+    """Whether the rollout sampled from the policy's own law: the mean of -log p(x) - H(p) over tokens, nats, and its z.
+
+    With x drawn from p, a token's gap has mean 0 given all tokens before it, so that z is nearly a standard normal
+    however alike the responses are. A biased engine (a lossy verification, stale weights) drifts away from 0;
+    log-probs alone cannot show it, since a token that was wrongly drawn has a right log-prob. Top-p, top-k, min-p and
+    greedy decoding make it negative by right. Empty when no gap is known.
+    """
+    if squared_sum == 0:
+        return {}
+    return {"surprise_gap": gap_sum / num_tokens, "surprise_gap_z": gap_sum / squared_sum**0.5}
