@@ -1,4 +1,4 @@
-"""JSON over HTTP to one server, from an event loop in a thread of its own, over connections that stay open."""
+"""JSON over HTTP to one server, from an event loop in a thread of its own, over a new connection for each request."""
 
 from __future__ import annotations
 
@@ -83,8 +83,11 @@ class HttpClient:
         self._loop.close()
 
     async def _open(self) -> aiohttp.ClientSession:
+        # A server closes a connection that was idle for long, SGLang's after 5 s (SGLANG_TIMEOUT_KEEP_ALIVE). A request
+        # sent at that moment is lost, and whether it ran nobody knows, so that it could not be sent again. A connection
+        # that is used once is never idle; opening one costs far less than any request here takes.
         # No limit on connections: how many requests run at once is decided by the caller.
-        return aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0))
+        return aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0, force_close=True))
 
     async def _shut(self) -> None:
         tasks = asyncio.all_tasks() - {asyncio.current_task()}
