@@ -104,8 +104,8 @@ class SGLangEngine:
         self._context_length = config.context_length or int(sizes["max_position_embeddings"])
         self._depth = 0 if config.speculative_algorithm == "NONE" else config.speculative_num_steps
         self._roles = ["draft", "policy"] if config.speculative_algorithm == "EAGLE3" else ["policy"]
+        self._work_dir = work_dir = work_dir.absolute()  # the server runs in it
         work_dir.mkdir(parents=True, exist_ok=True)
-        self._work_dir = work_dir
         self._has_tokenizer = has_tokenizer(policy)
         self._process: ServerProcess | None = None
         if config.sglang_address:
@@ -199,7 +199,7 @@ class SGLangEngine:
         if self._transport is None:
             config = self._config
             kind = "ipc" if config.sync_transport == "auto" else config.sync_transport
-            exchange = Path(config.sync_dir) if config.sync_dir else self._work_dir / "sync"
+            exchange = Path(config.sync_dir) if config.sync_dir else self._work_dir / "exchange"
             exchange.mkdir(parents=True, exist_ok=True)
             self._close_gate("no weights have been sent to it yet: publish a version first")
             self._transport = SteppingTransport(

@@ -198,14 +198,15 @@ def _memory_share(
 
 
 def _environment(device: str, work_dir: Path) -> dict[str, str]:
-    """The server's: this process's, and the package `sync` alone, whatever else lies beside it here."""
-    visible = work_dir / "python"
+    """The server's, which runs in `work_dir`: this process's, and the package `sync` alone of all that lies here."""
+    visible = work_dir.absolute() / "python"
     visible.mkdir(exist_ok=True)
     link = visible / "sync"
     link.unlink(missing_ok=True)
     link.symlink_to(_PROJECT / "sync")
     env = {key: value for key, value in os.environ.items() if not _OF_TORCHRUN.fullmatch(key)}
-    env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(visible), env.get("PYTHONPATH", "")]))
+    inherited = [str(Path(folder).absolute()) for folder in env.get("PYTHONPATH", "").split(os.pathsep) if folder]
+    env["PYTHONPATH"] = os.pathsep.join([str(visible), *inherited])
     # Lets the server's context be a little longer than the model's, see sglang_flags, and a draft's shorter.
     env["SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN"] = "1"
     if device == "cpu":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -442,3 +442,17 @@ def test_an_address_without_a_server_is_one_line(policy: Path, tmp_path: Path) -
     config = replace(PLAIN, sglang_address=f"http://127.0.0.1:{free_port()}", sync_dir=str(tmp_path))
     with pytest.raises(EngineConfigError, match="no SGLang server answers"):
         SGLangEngine(policy, config, work_dir=tmp_path / "work")
+
+
+def test_a_working_folder_named_relative_to_here_is_the_same_one_everywhere(
+    server: ScriptedServer, policy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    server.info["model_path"] = str(policy)
+    config = replace(PLAIN, sglang_address=server.address, max_running_requests=2)
+    with closing(SGLangEngine(policy, config, work_dir=Path("runs") / "engine")) as engine:
+        monkeypatch.chdir("/")
+        server.publish(engine, 0)
+    names = {path.name for path in (tmp_path / "runs" / "engine").iterdir()}
+    assert "exchange" in names
+    assert not names & {"sync", "sglang", "torch"}, "the server runs there: such a folder hides the package"

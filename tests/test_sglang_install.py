@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from pathlib import Path
 
@@ -110,3 +111,20 @@ def test_a_server_is_no_rank_of_the_trainer(tmp_path: Path, monkeypatch: pytest.
         monkeypatch.setenv(name, "1")
     found = _environment("cpu", tmp_path)
     assert not found.keys() & set(of_torchrun) and found["LOCAL_DATA"] == "1"
+
+
+@pytest.mark.parametrize("inherited", ["", "lib"])
+def test_a_server_finds_the_loader_from_a_folder_that_was_named_relative_to_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inherited: str
+) -> None:
+    (tmp_path / "lib").mkdir()
+    (tmp_path / "lib" / "of_the_user.py").touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", inherited)
+    work_dir = Path("runs") / "engine"
+    work_dir.mkdir(parents=True)
+    modules = ["sync.loader", *(["of_the_user"] if inherited else [])]
+    finds = f"import importlib.util as u; print([u.find_spec(name) is not None for name in {modules}])"
+    command = [sys.executable, "-S", "-c", finds]  # -S: without the packages installed here, this project's among them
+    done = subprocess.run(command, env=_environment("cpu", work_dir), cwd=work_dir, capture_output=True, text=True)
+    assert done.stdout.strip() == str([True] * len(modules)), done.stderr
