@@ -394,3 +394,23 @@ def sync_speed(runs: Sequence[RunRecord]) -> SyncSpeed | None:
     copy_s = statistics.median(float(run.about["device_copy_s"]) for run in runs)
     phase_s = statistics.median(float(line["time_sync_s"]) for line in lines)
     return SyncSpeed(len(times), num_bytes, median_s * 1e3, phase_s * 1e3, num_bytes / median_s / 1e9, copy_s * 1e3)
+
+
+@dataclass(frozen=True, slots=True)
+class Surprise:
+    """-log p(x) - H(p) over all sampled tokens: 0 on average when they were drawn from the policy's own law p."""
+
+    mean: float  # nats
+    z: float  # a standard normal then
+    num_tokens: int
+
+
+def surprise(runs: Sequence[RunRecord]) -> Surprise | None:
+    """Over all steps of `runs`; None where a step does not tell."""
+    lines = [step.metrics for run in runs for step in run.steps]
+    if not lines or not all(line.get("surprise_gap_z") for line in lines):
+        return None
+    sums = [line["surprise_gap"] * line["num_tokens"] for line in lines]
+    squares = sum((total / line["surprise_gap_z"]) ** 2 for total, line in zip(sums, lines, strict=True))
+    num_tokens = int(sum(line["num_tokens"] for line in lines))
+    return Surprise(sum(sums) / num_tokens, sum(sums) / math.sqrt(squares), num_tokens)

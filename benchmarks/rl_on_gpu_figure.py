@@ -95,7 +95,7 @@ def _speedups(axes: Axes, runs: Sequence[RunRecord], arms: Sequence[str]) -> Non
     axes.set_xticks(range(len(names)), names)
     axes.set_xlim(-0.6, len(names) - 0.4)
     axes.set_xlabel("live requests")
-    axes.set_title("rollout speed against plain decoding, without first steps")
+    axes.set_title("rollout speed / plain (first steps left out)")
 
 
 def _phases(axes: Axes, runs: Sequence[RunRecord], arms: Sequence[str]) -> None:

@@ -10,6 +10,7 @@ from benchmarks.rl_on_gpu_analysis import PLAIN, BucketSpeed, RunRecord
 
 CATCH_UP_STEPS, CATCH_UP_SHARE = 10, 0.9
 MAX_DRAFT_SHARE = 0.1
+MAX_SURPRISE_Z = 4.0  # of an exact sampler once in 16,000 arms
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,8 +24,18 @@ class Goal:
 
 def goals(runs: Sequence[RunRecord], arms: Sequence[str]) -> list[Goal]:
     """Those that the finished runs say anything about."""
-    found = catch_up_goals(runs) + draft_share_goals(runs)
+    found = [exactness_goal(name, [record for record in runs if record.arm == name]) for name in arms]
+    found += catch_up_goals(runs) + draft_share_goals(runs)
     return found + [reward_goal(test) for name in arms if name != PLAIN and (test := analysis.reward_test(runs, name))]
+
+
+def exactness_goal(arm: str, runs: Sequence[RunRecord]) -> Goal:
+    what = f"rollouts of {arm} are drawn from the policy's own law"
+    seen = analysis.surprise(runs)
+    if seen is None:
+        return Goal(what, None, "not recorded by these runs")
+    gap = f"surprise - entropy {seen.mean:+.4f} nats, z {seen.z:+.1f} (n {seen.num_tokens:,} tokens)"
+    return Goal(what, abs(seen.z) < MAX_SURPRISE_Z, gap)
 
 
 def catch_up_goals(runs: Sequence[RunRecord]) -> list[Goal]:
