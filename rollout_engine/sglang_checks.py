@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from types import UnionType
 from typing import Any
 
 from rollout_engine.config import RolloutConfig
@@ -58,12 +59,13 @@ _OWN_SETTING = {
     "model_path": "policy.hf_checkpoint",
 }
 
+# Server flags that say over how many GPUs a model is cut, in every spelling.
 _PARALLEL = (
-    ("tp_size", "tensor_parallel_size"),
-    ("dp_size", "data_parallel_size"),
-    ("pp_size", "pipeline_parallel_size"),
-    ("nnodes",),
+    *("tp_size", "tensor_parallel_size", "tp", "dp_size", "data_parallel_size", "dp"),
+    *("pp_size", "pipeline_parallel_size", "pp", "ep_size", "expert_parallel_size", "ep", "nnodes"),
 )
+
+_HIGHEST_PORT = 65535
 
 THRESHOLDS = ("speculative_accept_threshold_single", "speculative_accept_threshold_acc")
 
@@ -72,6 +74,7 @@ def check_sglang(config: RolloutConfig) -> list[str]:
     """Warnings, one line each, for settings that are to run in SGLang. Raises EngineConfigError for impossible ones."""
     _check_translation(config)
     _check_server_flags(config.sglang)
+    _check_flags_together(config)
     _check_connection(config)
     if config.verify_rule == "coupled":
         raise EngineConfigError(
@@ -169,13 +172,43 @@ def _check_server_flags(flags: Mapping[str, Any]) -> None:
     for name in flags:
         if name in _OWN_SETTING:
             raise EngineConfigError(f"rollout.sglang.{name} has a setting of its own: use {_OWN_SETTING[name]}")
-    for names in _PARALLEL:
-        for name in names:
-            if flags.get(name, 1) != 1:
-                raise EngineConfigError(
-                    f"rollout.sglang.{name} = {flags[name]!r}: an engine over several GPUs is not built yet; leave it "
-                    "out (1)"
-                )
+    for name in _PARALLEL:
+        if flags.get(name, 1) != 1:
+            raise EngineConfigError(
+                f"rollout.sglang.{name} = {flags[name]!r}: an engine over several GPUs is not built yet; leave it "
+                "out (1)"
+            )
+    if flags.get("enable_dp_attention"):
+        raise EngineConfigError(
+            "rollout.sglang.enable_dp_attention needs an engine over several GPUs, which is not built yet: leave it out"
+        )
+    if "custom_weight_loader" in flags:
+        raise EngineConfigError("rollout.sglang.custom_weight_loader belongs to the sync of weights: leave it out")
+    _check_flag_values(flags)
+
+
+def _check_flag_values(flags: Mapping[str, Any]) -> None:
+    port = flags.get("port", _HIGHEST_PORT)
+    if not _is_number(port, int) or not 1 <= port <= _HIGHEST_PORT:
+        raise EngineConfigError(
+            f"rollout.sglang.port = {port!r}: expected a TCP port, 1 to {_HIGHEST_PORT}; leave it out for a free one"
+        )
+    share = flags.get("mem_fraction_static", 0.5)
+    if not _is_number(share, int | float) or not 0 < share < 1:
+        raise EngineConfigError(
+            f"rollout.sglang.mem_fraction_static = {share!r}: expected a share of the GPU's memory, above 0 and below 1"
+        )
+
+
+def _check_flags_together(config: RolloutConfig) -> None:
+    flags = config.sglang
+    if flags.get("speculative_adaptive") and config.speculative_algorithm != "EAGLE3":
+        raise EngineConfigError("rollout.sglang.speculative_adaptive needs rollout.speculative_algorithm = 'EAGLE3'")
+    if flags.get("skip_tokenizer_init") and config.stop:
+        raise EngineConfigError(
+            f"rollout.sglang.skip_tokenizer_init with rollout.stop = {list(config.stop)}: SGLang finds stop strings "
+            "with its tokenizer; leave one of them out"
+        )
 
 
 def _check_connection(config: RolloutConfig) -> None:
@@ -183,10 +216,13 @@ def _check_connection(config: RolloutConfig) -> None:
         raise EngineConfigError(
             f"rollout.sync_transport = {config.sync_transport!r} is unknown; use one of {', '.join(TRANSPORTS)}"
         )
-    if config.sglang_address and not re.fullmatch(r"https?://[^/\s:]+:\d+", config.sglang_address):
-        raise EngineConfigError(
-            f"rollout.sglang_address = {config.sglang_address!r}: expected http://HOST:PORT, as slipstream serve prints"
-        )
+    if config.sglang_address:
+        found = re.fullmatch(r"https?://[^/\s:]+:(\d{1,5})", config.sglang_address)
+        if not found or not 1 <= int(found.group(1)) <= _HIGHEST_PORT:
+            raise EngineConfigError(
+                f"rollout.sglang_address = {config.sglang_address!r}: expected http://HOST:PORT of one server, as "
+                f"slipstream serve prints, with a port from 1 to {_HIGHEST_PORT}"
+            )
     if not config.sglang_start_timeout_s > 0:
         raise EngineConfigError(
             f"rollout.sglang_start_timeout_s = {config.sglang_start_timeout_s}: it must be above 0 seconds"
@@ -201,10 +237,18 @@ def _warnings(config: RolloutConfig) -> list[str]:
             f"rollout.controller = 'adaptive': SGLang always drafts {config.speculative_num_steps} tokens (say "
             "--rollout.controller fixed), unless --sglang-speculative-adaptive lets it choose by its own table"
         )
+    if config.sglang.get("load_format") == "dummy":
+        warnings.append(
+            "rollout.sglang.load_format = 'dummy': the server starts with random weights; a run sends its own before "
+            "anything is served, slipstream serve and generate do not"
+        )
     return warnings
 
 
 def below_one(threshold: Any) -> bool:
     """Also of what is no number."""
-    is_number = isinstance(threshold, int | float) and not isinstance(threshold, bool)
-    return not is_number or threshold < 1
+    return not _is_number(threshold, int | float) or threshold < 1
+
+
+def _is_number(value: Any, kind: type | UnionType) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)

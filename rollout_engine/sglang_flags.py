@@ -57,7 +57,6 @@ def server_settings(
     if mem_fraction_static is not None:
         settings["mem_fraction_static"] = mem_fraction_static
     settings |= _speculation(config, draft, on_gpu)
-    _check_extra(extra, config)
     return settings | dict(extra)
 
 
@@ -139,14 +138,6 @@ def _speculation(config: RolloutConfig, draft: Path | None, on_gpu: bool) -> dic
     if config.verify_rule == "rejection" and on_gpu:
         settings["speculative_use_rejection_sampling"] = True
     return settings
-
-
-def _check_extra(extra: Mapping[str, Any], config: RolloutConfig) -> None:
-    """What `sglang_checks` does not know: how the flags of one server hang together."""
-    if "custom_weight_loader" in extra:
-        raise EngineConfigError("rollout.sglang.custom_weight_loader belongs to the sync of weights: leave it out")
-    if extra.get("speculative_adaptive") and config.speculative_algorithm != "EAGLE3":
-        raise EngineConfigError("rollout.sglang.speculative_adaptive needs rollout.speculative_algorithm = 'EAGLE3'")
 
 
 def check_draft_fits(policy: Mapping[str, Any], draft: Mapping[str, Any], where: Path) -> None:

@@ -59,7 +59,7 @@ def start(
     check_sglang(replace(config, sglang=extra))  # again, because a flag may have come under another spelling
     _check_environment(config, installation, device)
     _check_files(config, policy, draft)
-    port = int(extra.get("port", 0)) or free_port(highest=_HIGHEST_PORT)
+    port = extra.get("port") or free_port(highest=_HIGHEST_PORT)
     if port_is_taken(port):
         raise EngineConfigError(f"rollout.sglang.port = {port} is taken: name another, or leave it out")
     settings = server_settings(

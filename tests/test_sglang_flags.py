@@ -113,15 +113,46 @@ def test_the_users_flags_win() -> None:
 
 
 @pytest.mark.parametrize(
-    ("config", "message"),
+    ("flags", "message"),
     [
-        (replace(PLAIN, sglang={"custom_weight_loader": ["mine"]}), "custom_weight_loader"),
-        (replace(PLAIN, sglang={"speculative_adaptive": True}), "speculative_adaptive needs"),
+        ({"custom_weight_loader": ["mine"]}, "custom_weight_loader belongs to the sync"),
+        ({"speculative_adaptive": True}, "speculative_adaptive needs"),
+        ({"ep_size": 2}, "ep_size = 2: an engine over several GPUs"),
+        ({"expert_parallel_size": 2}, "expert_parallel_size = 2: an engine over several GPUs"),
+        ({"enable_dp_attention": True}, "enable_dp_attention needs an engine over several GPUs"),
+        *[({"port": port}, f"port = {port!r}: expected a TCP port, 1 to 65535") for port in ("abc", 99999, -1, 0)],
+        ({"port": True}, "port = True: expected"),
+        *[
+            ({"mem_fraction_static": share}, f"mem_fraction_static = {share!r}: expected a share")
+            for share in ("abc", 3, 0, 1.0, -0.5, float("nan"), True)
+        ],
+        ({"skip_tokenizer_init": True}, r"skip_tokenizer_init with rollout\.stop = \['END'\]"),
     ],
 )
-def test_flags_that_contradict_the_engine_are_refused(config: RolloutConfig, message: str) -> None:
+def test_flags_that_contradict_the_engine_are_refused(flags: dict[str, Any], message: str) -> None:
     with pytest.raises(EngineConfigError, match=message):
-        settings(config)
+        check_sglang(replace(PLAIN, sglang=flags, stop=("END",)))
+
+
+def test_flags_that_fit_are_let_through() -> None:
+    flags = {"port": 30000, "mem_fraction_static": 0.3, "ep_size": 1, "enable_dp_attention": False}
+    assert check_sglang(replace(PLAIN, sglang=flags)) == []
+    assert check_sglang(replace(EAGLE3, controller="fixed", sglang={"speculative_adaptive": True})) == []
+    assert check_sglang(replace(PLAIN, sglang={"skip_tokenizer_init": True})) == []
+
+
+def test_random_weights_are_warned_of() -> None:
+    (warning,) = check_sglang(replace(PLAIN, sglang={"load_format": "dummy"}))
+    assert "load_format = 'dummy': the server starts with random weights" in warning
+
+
+@pytest.mark.parametrize(
+    "address", ["http://127.0.0.1:99999", "http://127.0.0.1:0", "http://a:123456789", "http://a:1,http://b:2", "foo"]
+)
+def test_an_address_that_nothing_can_listen_at_is_refused(address: str) -> None:
+    with pytest.raises(EngineConfigError, match="expected http://HOST:PORT of one server"):
+        check_sglang(replace(PLAIN, sglang_address=address))
+    check_sglang(replace(PLAIN, sglang_address="https://somewhere:65535"))
 
 
 def test_a_draft_is_given_exactly_for_eagle3() -> None:
