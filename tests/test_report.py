@@ -210,3 +210,14 @@ def test_a_report_that_cannot_be_written_leaves_the_old_one(tmp_path: Path, monk
     with pytest.raises(OSError, match="No space left"):
         write_report(make_run(tmp_path, LINES[:1]))
     assert path.read_text() == old
+
+
+@pytest.mark.parametrize(("z", "words"), [(0.5, "as it is when tokens are drawn"), (-9.0, "too far from 0")])
+def test_the_report_says_whether_tokens_came_from_the_policys_law(z, words):
+    lines = [line | {"surprise_gap": 0.002 * z, "surprise_gap_z": z} for line in LINES]
+    assert words in report_text.surprise(lines)
+    assert f"z = {z * len(lines) ** 0.5:+.1f}" in report_text.surprise(lines)
+
+
+def test_nothing_is_said_of_a_law_that_no_step_tells_of():
+    assert report_text.surprise([{"logp_diff_max": 1.0}]) == ""
