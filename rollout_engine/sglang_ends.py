@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from rollout_engine.request_pool import Piece, Progress
-from rollout_engine.sglang_launch import read_json
+from rollout_engine.sglang_preflight import read_json
 from rollout_engine.stopping import Detokenize, kept_before_stop
 from rollout_engine.types import EngineError, FinishReason
 

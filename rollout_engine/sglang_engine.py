@@ -1,8 +1,8 @@
 """The production engine: an SGLang server, started here or running elsewhere, behind `RolloutEngine`.
 
-All that knows SGLang lies in this file and its parts: sglang_install (which one is there), sglang_checks, sglang_flags
-and sglang_launch (how it is started or attached to), sglang_wire (what is said to it), sglang_ends (where its responses
-end); and in `sync.loader`, which runs inside it.
+All that knows SGLang lies in this file and its parts: sglang_install (which one is there), sglang_checks and
+sglang_preflight (what it cannot do), sglang_flags and sglang_launch (how it is started or attached to), sglang_wire
+(what is said to it), sglang_ends (where its responses end); and in `sync.loader`, which runs inside it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from rollout_engine.server_process import ServerProcess
 from rollout_engine.sglang_checks import top_k_fault
 from rollout_engine.sglang_ends import end_token_ids, ended
 from rollout_engine.sglang_install import update_protocol
-from rollout_engine.sglang_launch import attach, has_tokenizer, read_json, start
+from rollout_engine.sglang_launch import attach, start
+from rollout_engine.sglang_preflight import check_policy, has_tokenizer
 from rollout_engine.sglang_wire import error_text, generate_body, read_piece, routes, update_body
 from rollout_engine.stopping import Detokenize
 from rollout_engine.types import (
@@ -99,7 +100,7 @@ class SGLangEngine:
         """
         self._config, self._detokenize = config, detokenize
         self._eos = end_token_ids(policy).union(eos_token_ids)
-        sizes = read_json(policy / "config.json")
+        sizes = check_policy(config, policy)
         self._vocab_size = int(sizes["vocab_size"])
         self._context_length = config.context_length or int(sizes["max_position_embeddings"])
         self._depth = 0 if config.speculative_algorithm == "NONE" else config.speculative_num_steps

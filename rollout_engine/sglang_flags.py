@@ -117,11 +117,6 @@ def _speculation(config: RolloutConfig, draft: Path | None, on_gpu: bool) -> dic
         )
     if algorithm == "NONE":
         return {}
-    if not on_gpu and config.temperature > 0 and not config.allow_lossy:
-        raise EngineConfigError(
-            f"rollout.temperature = {config.temperature} with rollout.speculative_algorithm = {algorithm!r} on a CPU: "
-            "SGLang verifies greedily there; set temperature 0, speculative_algorithm 'NONE', or allow_lossy = true"
-        )
     settings: dict[str, Any] = {"speculative_algorithm": algorithm, "speculative_num_draft_tokens": depth + 1}
     if algorithm == "NGRAM":
         # One chain, as EAGLE3's: a match of up to ngram_max_match tokens and the tokens that follow it.

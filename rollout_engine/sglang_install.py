@@ -7,7 +7,7 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -87,29 +87,56 @@ def update_protocol(version: str, routes: Collection[str] = ()) -> bool:
 
 
 def known_flags(folder: Path) -> dict[str, str]:
-    """Every spelling of a server flag, with underscores, and the name of its field.
-
-    0.5.15 declares the fields in server_args.py, later versions in arg_groups/fields/.
-    """
-    arguments = folder / "srt" / "server_args.py"
+    """Every spelling of a server flag, with underscores, and the name of its field."""
     flags: dict[str, str] = {}
-    for path in [arguments, *sorted((folder / "srt" / "arg_groups" / "fields").glob("*.py"))]:
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.ClassDef):
-                flags |= _fields(node)
-            elif isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "add_argument":
-                spellings = list(_spellings(node))
-                flags |= {spelling: flags.get(spelling, spellings[0]) for spelling in spellings}
+    for node in _declarations(folder):
+        if isinstance(node, ast.ClassDef):
+            for name, annotation in _fields(node):
+                flags |= dict.fromkeys([name, *_spellings(annotation)], name)
+        elif isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "add_argument":
+            spellings = list(_spellings(node))
+            flags |= {spelling: flags.get(spelling, spellings[0]) for spelling in spellings}
     return flags
 
 
-def _fields(declaration: ast.ClassDef) -> dict[str, str]:
+def flag_types(folder: Path) -> dict[str, str]:
+    """ "int", "float" or "bool" by field, for those that take one such value and nothing else."""
     found: dict[str, str] = {}
+    for node in _declarations(folder):
+        if isinstance(node, ast.ClassDef):
+            kinds = {name: _simple_type(annotation) for name, annotation in _fields(node)}
+            found |= {name: kind for name, kind in kinds.items() if kind}
+    return found
+
+
+def _declarations(folder: Path) -> Iterator[ast.AST]:
+    """0.5.15 declares the fields in server_args.py, later versions in arg_groups/fields/."""
+    arguments = folder / "srt" / "server_args.py"
+    for path in [arguments, *sorted((folder / "srt" / "arg_groups" / "fields").glob("*.py"))]:
+        try:
+            yield from ast.walk(ast.parse(path.read_text()))
+        except (OSError, SyntaxError) as error:
+            raise EngineConfigError(f"{path} cannot be read ({error}); install SGLang again") from error
+
+
+def _fields(declaration: ast.ClassDef) -> Iterator[tuple[str, ast.expr]]:
+    """Name and annotation."""
     for node in declaration.body:
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
-            name = node.target.id
-            found |= dict.fromkeys([name, *_spellings(node.annotation)], name)
-    return found
+            yield node.target.id, node.annotation
+
+
+def _simple_type(annotation: ast.expr) -> str:
+    """Of Annotated[Optional[int], ...] "int"; "" for anything but int, float and bool, or with a parser of its own."""
+    if any(isinstance(node, ast.keyword) and node.arg == "type_parser" for node in ast.walk(annotation)):
+        return ""
+    while isinstance(annotation, ast.Subscript):
+        wrapper, inner = ast.unparse(annotation.value), annotation.slice
+        if wrapper not in ("A", "Annotated", "Optional"):
+            return ""
+        annotation = inner.elts[0] if isinstance(inner, ast.Tuple) else inner
+    name = ast.unparse(annotation)
+    return name if name in ("int", "float", "bool") else ""
 
 
 def _spellings(node: ast.AST) -> Iterable[str]:
@@ -132,3 +159,24 @@ def canonical(settings: Mapping[str, Any], known: Mapping[str, str], version: st
             raise EngineConfigError(f"rollout.sglang.{key} is given twice, the other time as {known[spelling]}")
         named[known[spelling]] = value
     return named
+
+
+def check_types(flags: Mapping[str, Any], kinds: Mapping[str, str], version: str) -> None:
+    """Raise EngineConfigError for a value of `flags` (by field) that SGLang's command line would not take."""
+    for name, value in flags.items():
+        if not _is_of(value, kinds.get(name, "")):
+            expected = {"int": "a whole number", "float": "a number", "bool": "true or false"}[kinds[name]]
+            raise EngineConfigError(f"rollout.sglang.{name} = {value!r}: SGLang {version} takes {expected}")
+
+
+def _is_of(value: Any, kind: str) -> bool:
+    if kind == "bool":
+        return isinstance(value, bool)
+    if kind in ("int", "float"):
+        if isinstance(value, bool) or not isinstance(value, int | float | str):
+            return False
+        try:
+            (int if kind == "int" else float)(str(value))
+        except ValueError:
+            return False
+    return True

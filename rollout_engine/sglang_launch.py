@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +17,9 @@ from rollout_engine.http_client import HttpClient, ServerUnreachable
 from rollout_engine.memory import count_parameters, memory_needed, static_fraction
 from rollout_engine.server_process import ServerProcess, free_port, port_is_taken
 from rollout_engine.sglang_attach import attach_faults
-from rollout_engine.sglang_checks import check_draft_vocabulary, check_sglang
-from rollout_engine.sglang_flags import check_draft_fits, command_line, server_settings
-from rollout_engine.sglang_install import Installation, canonical, find_sglang, known_flags, update_protocol
+from rollout_engine.sglang_flags import command_line, server_settings
+from rollout_engine.sglang_install import update_protocol
+from rollout_engine.sglang_preflight import check_files, check_start, has_tokenizer, read_json
 from rollout_engine.sglang_wire import failure_cause
 from rollout_engine.types import EngineConfigError, EngineError
 
@@ -52,13 +51,9 @@ def start(
     Raises EngineConfigError before anything is started, or with the cause that the server's log names; EngineError
     when it does not become healthy in time. Nothing is left running then.
     """
-    device = _device(config)
-    installation = find_sglang(config.sglang_python)
-    known = known_flags(installation.folder)
-    extra = canonical(config.sglang, known, installation.version)
-    check_sglang(replace(config, sglang=extra))  # again, because a flag may have come under another spelling
-    _check_environment(config, installation, device)
-    _check_files(config, policy, draft)
+    ready = check_start(config)
+    installation, device, extra = ready.installation, ready.device, ready.flags
+    check_files(config, policy, draft)
     port = extra.get("port") or free_port(highest=_HIGHEST_PORT)
     if port_is_taken(port):
         raise EngineConfigError(f"rollout.sglang.port = {port} is taken: name another, or leave it out")
@@ -74,8 +69,7 @@ def start(
         has_tokenizer=has_tokenizer(policy),
         extra=extra,
     )
-    spelled = {known[key.replace("-", "_")]: key.replace("-", "_") for key in config.sglang}
-    command = [installation.python, "-m", "sglang.launch_server", *command_line(settings, spelled)]
+    command = [installation.python, "-m", "sglang.launch_server", *command_line(settings, ready.spellings)]
     log = work_dir / "engine.log"
     log.unlink(missing_ok=True)
     process = ServerProcess(command, log, _environment(device, work_dir), work_dir)
@@ -109,62 +103,6 @@ def attach(config: RolloutConfig, policy: Path, context_length: int) -> Server:
         raise EngineConfigError(f"rollout.sglang_address = {address!r}: {'; '.join(faults)}")
     update_protocol(info["version"])
     return Server(client, info["version"], None)
-
-
-def has_tokenizer(policy: Path) -> bool:
-    return any((policy / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json"))
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object. EngineConfigError naming the file when it is none."""
-    try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise EngineConfigError(f"{path} cannot be read ({error})") from error
-    if not isinstance(found, dict):
-        raise EngineConfigError(f"{path}: expected a JSON object, found {type(found).__name__}")
-    return found
-
-
-def _device(config: RolloutConfig) -> str:
-    """ "cpu", "cuda" or "cuda:N"; "auto" takes CUDA when there is one."""
-    if config.device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    name, _, index = config.device.partition(":")
-    num_gpus = torch.cuda.device_count()
-    if name == "cuda" and int(index or 0) >= num_gpus:
-        raise EngineConfigError(f"rollout.device = {config.device!r}: this machine has {num_gpus} GPUs")
-    return config.device
-
-
-def _check_environment(config: RolloutConfig, installation: Installation, device: str) -> None:
-    if config.offload and device == "cpu":
-        raise EngineConfigError("rollout.offload = true gives GPU memory back: leave it out on a CPU")
-    if config.offload and not installation.has_memory_saver:
-        raise EngineConfigError(
-            f"rollout.offload = true needs torch_memory_saver beside SGLang: {installation.python} -m pip install "
-            "torch_memory_saver"
-        )
-    simulated = sorted(name for name in os.environ if name.startswith("SGLANG_SIMULATE_ACC"))
-    if simulated and not config.allow_lossy and config.speculative_algorithm != "NONE":
-        raise EngineConfigError(
-            f"{simulated[0]} is set: drafts would be accepted by decree, not by the policy; unset it, or time kernels "
-            "with rollout.allow_lossy = true"
-        )
-
-
-def _check_files(config: RolloutConfig, policy: Path, draft: Path | None) -> None:
-    sizes = read_json(policy / "config.json")
-    limit = sizes.get("max_position_embeddings")
-    if limit is not None and config.context_length > limit:
-        raise EngineConfigError(
-            f"rollout.context_length = {config.context_length} is above the {limit} positions of {policy}"
-        )
-    if draft is not None:
-        path = draft / "config.json"
-        found = read_json(path)
-        check_draft_fits(sizes, found, path)
-        check_draft_vocabulary(config, found.get("draft_vocab_size") not in (None, sizes["vocab_size"]))
 
 
 def _memory_share(

@@ -155,3 +155,17 @@ def test_a_special_token_may_be_a_stop_string(policy_dir: Path) -> None:
     stopped = sampled(policy_dir, tokenizer, (text,))
     assert stopped.token_ids == free.token_ids[: texts.index(text) + 1]
     assert stopped.finish_reason is FinishReason.STOP
+
+
+@pytest.mark.parametrize("text", ["[]", "{"])
+def test_a_corrupt_config_is_named_before_the_tokenizer_is_read(broken: Path, text: str) -> None:
+    (broken / "config.json").write_text(text)
+    with pytest.raises(ConfigError, match=r"config\.json: (not JSON|holds list)"):
+        load_tokenizer(broken)
+
+
+def test_generate_names_a_size_that_is_missing(broken: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = read_config(broken)
+    (broken / "config.json").write_text(json.dumps({key: sizes[key] for key in sizes if key != "vocab_size"}))
+    assert main(["generate", "--policy", str(broken), "--prompt", "2 + 2 ="]) == 2
+    assert "config.json: key vocab_size is missing or not a number; add the rows" in capsys.readouterr().err

@@ -15,9 +15,8 @@ from trainer.config import DataConfig, RunConfig
 from trainer.config_check import check_rollout, refuse_training
 from trainer.config_load import Override, load_config
 from trainer.data import Prompt, load_prompts, one_prompt
-from trainer.hf_files import read_config
 from trainer.rollouts import make_requests
-from trainer.serving import build_engine, context_length, load_tokenizer, read_draft
+from trainer.serving import build_engine, context_length, load_tokenizer, read_draft, size_of
 
 
 def generate(
@@ -27,7 +26,7 @@ def generate(
     config = _config(draft, overrides)
     tokenizer = load_tokenizer(policy)
     longest = context_length(policy, config.rollout) - 1
-    vocab_size = read_config(policy)["vocab_size"]
+    vocab_size = size_of(policy, "vocab_size", "the rows of its embedding")
     prompts = _prompts(text, prompt_data, config.data, tokenizer, longest, vocab_size)
     eagle3 = None if draft is None else read_draft(draft, policy)
     rollout = config.rollout

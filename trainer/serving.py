@@ -14,7 +14,7 @@ from draft_models.eagle3 import DraftError, Eagle3
 from rollout_engine.config import RolloutConfig
 from rollout_engine.decoder import Decoder
 from rollout_engine.hf_checkpoint import CheckpointError
-from rollout_engine.sglang_install import canonical, find_sglang, known_flags
+from rollout_engine.sglang_preflight import check_start
 from rollout_engine.torch_engine import TorchEngine
 from rollout_engine.types import RolloutEngine
 from sync.atomic import whole_folder
@@ -38,6 +38,8 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         raise ConfigError(f"{folder}: no such folder; give a Hugging Face checkpoint folder")
     if not any((folder / name).exists() for name in ("tokenizer.json", "vocab.json", "tokenizer.model")):
         raise ConfigError(f"{folder}: no tokenizer (tokenizer.json); save the policy's tokenizer beside its weights")
+    if (folder / "config.json").exists():
+        read_config(folder)  # Transformers reads it too, and says less when it is corrupt
     logging.set_verbosity_error()  # a prompt that is too long is told in this project's own words
     try:
         return AutoTokenizer.from_pretrained(folder)
@@ -75,17 +77,20 @@ def _read_object(path: Path) -> dict[str, Any]:
 
 def context_length(folder: Path, rollout: RolloutConfig) -> int:
     """Positions of one sequence: the setting, or what the checkpoint was made for. ConfigError when it does not say."""
-    limit = read_config(folder).get("max_position_embeddings")
-    if not isinstance(limit, int):
-        raise ConfigError(
-            f"{folder / 'config.json'}: key max_position_embeddings is missing or not a number; add the positions that "
-            "the model was trained for"
-        )
+    limit = size_of(folder, "max_position_embeddings", "the positions that the model was trained for")
     if rollout.context_length > limit:
         raise ConfigError(
             f"rollout.context_length = {rollout.context_length} is above the {limit} positions of {folder}"
         )
     return rollout.context_length or limit
+
+
+def size_of(folder: Path, key: str, what: str) -> int:
+    """A number in the checkpoint's config.json; ConfigError, saying that it is `what`, when it is not there."""
+    found = read_config(folder).get(key)
+    if not isinstance(found, int):
+        raise ConfigError(f"{folder / 'config.json'}: key {key} is missing or not a number; add {what}")
+    return found
 
 
 def device_of(rollout: RolloutConfig) -> torch.device:
@@ -110,13 +115,12 @@ def read_draft(folder: Path, target: Path) -> Eagle3:
 
 
 def check_engine(rollout: RolloutConfig) -> None:
-    """What shows without loading anything: ConfigError or EngineConfigError for a device that is not there, an SGLang
-    that is not installed or not known, and server flags that it does not have."""
+    """What shows without loading anything: ConfigError or EngineConfigError for a device that is not there or cannot do
+    what is asked, an SGLang that is not installed or not known, and server flags that it does not take."""
     if rollout.engine == "torch":
         device_of(rollout)
     elif not rollout.sglang_address:
-        installation = find_sglang(rollout.sglang_python)
-        canonical(rollout.sglang, known_flags(installation.folder), installation.version)
+        check_start(rollout)
 
 
 def build_engine(

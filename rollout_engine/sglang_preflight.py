@@ -1,0 +1,127 @@
+"""What can be known to fail before a server is started, without a server and without a GPU. Writes nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rollout_engine.config import RolloutConfig
+from rollout_engine.hf_checkpoint import CheckpointError, CheckpointReader
+from rollout_engine.sglang_checks import check_draft_vocabulary, check_sglang
+from rollout_engine.sglang_flags import check_draft_fits
+from rollout_engine.sglang_install import Installation, canonical, check_types, find_sglang, flag_types, known_flags
+from rollout_engine.types import EngineConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """What a start goes by, checked."""
+
+    installation: Installation
+    device: str  # "cpu", "cuda" or "cuda:N"
+    flags: Mapping[str, Any]  # [rollout.sglang] by field of this SGLang
+    spellings: Mapping[str, str]  # how the user wrote them, by field
+
+
+def check_start(config: RolloutConfig) -> Ready:
+    """Everything about the start of a server that this machine can tell now, the models' files left out.
+
+    Raises EngineConfigError for an SGLang that is missing or unknown, flags that it does not have, values that it does
+    not take, and a device that is not there or cannot do what is asked.
+    """
+    installation = find_sglang(config.sglang_python)
+    known = known_flags(installation.folder)
+    flags = canonical(config.sglang, known, installation.version)
+    check_sglang(replace(config, sglang=flags))  # again, because a flag may have come under another spelling
+    check_types(flags, flag_types(installation.folder), installation.version)
+    device = _device(config)
+    _check_environment(config, installation, device)
+    spellings = {known[key.replace("-", "_")]: key.replace("-", "_") for key in config.sglang}
+    return Ready(installation, device, flags, spellings)
+
+
+def check_policy(config: RolloutConfig, policy: Path) -> dict[str, Any]:
+    """Its config.json. EngineConfigError when that lacks a size which the engine needs, or is too small."""
+    path = policy / "config.json"
+    sizes = read_json(path)
+    for key in ("vocab_size", "max_position_embeddings"):
+        if not isinstance(sizes.get(key), int):
+            raise EngineConfigError(f"{path}: key {key} is missing or not a whole number; copy the checkpoint again")
+    limit = sizes["max_position_embeddings"]
+    if config.context_length > limit:
+        raise EngineConfigError(
+            f"rollout.context_length = {config.context_length} is above the {limit} positions of {policy}"
+        )
+    return sizes
+
+
+def check_files(config: RolloutConfig, policy: Path, draft: Path | None) -> None:
+    """Raises EngineConfigError for weights of the policy that no server could load, and for a draft that does not fit.
+
+    Only the headers of the weights are read.
+    """
+    sizes = check_policy(config, policy)
+    try:
+        CheckpointReader(policy)
+    except CheckpointError as error:
+        raise EngineConfigError(str(error)) from error
+    if draft is not None:
+        path = draft / "config.json"
+        found = read_json(path)
+        check_draft_fits(sizes, found, path)
+        check_draft_vocabulary(config, found.get("draft_vocab_size") not in (None, sizes["vocab_size"]))
+
+
+def has_tokenizer(policy: Path) -> bool:
+    return any((policy / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json"))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object. EngineConfigError naming the file when it is none."""
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise EngineConfigError(f"{path} cannot be read ({error})") from error
+    if not isinstance(found, dict):
+        raise EngineConfigError(f"{path}: expected a JSON object, found {type(found).__name__}")
+    return found
+
+
+def _device(config: RolloutConfig) -> str:
+    """ "cpu", "cuda" or "cuda:N"; "auto" takes CUDA when there is one."""
+    if config.device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    name, _, index = config.device.partition(":")
+    num_gpus = torch.cuda.device_count()
+    if name == "cuda" and int(index or 0) >= num_gpus:
+        raise EngineConfigError(f"rollout.device = {config.device!r}: this machine has {num_gpus} GPUs")
+    return config.device
+
+
+def _check_environment(config: RolloutConfig, installation: Installation, device: str) -> None:
+    if config.offload and device == "cpu":
+        raise EngineConfigError("rollout.offload = true gives GPU memory back: leave it out on a CPU")
+    if config.offload and not installation.has_memory_saver:
+        raise EngineConfigError(
+            f"rollout.offload = true needs torch_memory_saver beside SGLang: {installation.python} -m pip install "
+            "torch_memory_saver"
+        )
+    speculates = config.speculative_algorithm != "NONE"
+    if speculates and device == "cpu" and config.temperature > 0 and not config.allow_lossy:
+        raise EngineConfigError(
+            f"rollout.temperature = {config.temperature} with rollout.speculative_algorithm = "
+            f"{config.speculative_algorithm!r} on a CPU: SGLang verifies greedily there; set temperature 0, "
+            "speculative_algorithm 'NONE', or allow_lossy = true"
+        )
+    simulated = sorted(name for name in os.environ if name.startswith("SGLANG_SIMULATE_ACC"))
+    if simulated and speculates and not config.allow_lossy:
+        raise EngineConfigError(
+            f"{simulated[0]} is set: drafts would be accepted by decree, not by the policy; unset it, or time kernels "
+            "with rollout.allow_lossy = true"
+        )

@@ -1,0 +1,136 @@
+"""What is refused before a server is started, by a dry run too."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from rollout_engine.config import RolloutConfig
+from rollout_engine.sglang_preflight import check_files, check_policy, check_start
+from rollout_engine.types import EngineConfigError
+
+PLAIN = RolloutConfig(engine="sglang", speculative_algorithm="NONE", device="cpu")
+FIELDS = """
+class ServerArgs:
+    port: A[int, "of HTTP"] = 30000
+    nccl_port: A[Optional[int], "of NCCL"] = None
+    max_total_tokens: A[Optional[int], Arg(help="such as 16k", type_parser=human_readable_int)] = None
+    schedule_conservativeness: A[float, "more is more"] = 1.0
+    disable_radix_cache: A[bool, Arg(help="off", resolvable=True)] = False
+    cuda_graph_bs_decode: A[Optional[List[int]], "sizes"] = None
+    tp_size: A[int, Arg(help="GPUs", aliases=["--tensor-parallel-size", "--tp"])] = 1
+"""
+
+
+@pytest.fixture(autouse=True)
+def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An SGLang that is found and never imported, and no GPU."""
+    package = tmp_path / "packages" / "sglang"
+    (package / "srt").mkdir(parents=True)
+    (package / "__init__.py").write_text("raise SystemExit('imported')")
+    (package / "_version.py").write_text("__version__ = version = '0.5.20'\n")
+    (package / "srt" / "server_args.py").write_text(FIELDS)
+    monkeypatch.setenv("PYTHONPATH", str(package.parent))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+
+
+@pytest.fixture
+def policy(tmp_path: Path) -> Path:
+    folder = tmp_path / "policy"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"vocab_size": 50, "max_position_embeddings": 40}))
+    save_file({"weight": torch.zeros(64)}, folder / "model.safetensors")
+    return folder
+
+
+def with_flags(flags: dict[str, Any]) -> RolloutConfig:
+    return replace(PLAIN, sglang=flags)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (with_flags({"nccl_port": "abc"}), r"nccl_port = 'abc': SGLang 0\.5\.20 takes a whole number"),
+        (with_flags({"nccl_port": 1.5}), "nccl_port = 1.5: .* takes a whole number"),
+        (with_flags({"nccl_port": True}), "nccl_port = True: .* takes a whole number"),
+        (with_flags({"nccl_port": [1]}), "nccl_port = .*takes a whole number"),
+        (with_flags({"schedule_conservativeness": "much"}), "schedule_conservativeness = 'much': .* takes a number"),
+        (with_flags({"disable_radix_cache": "maybe"}), "disable_radix_cache = 'maybe': .* takes true or false"),
+        (with_flags({"tp": 2}), "tp_?s?i?z?e? = 2: an engine over several GPUs"),
+        (with_flags({"prot": 1}), "no such flag, did you mean port"),
+        (replace(PLAIN, device="cuda"), "rollout.device = 'cuda': this machine has 0 GPUs"),
+        (replace(PLAIN, offload=True), "rollout.offload = true gives GPU memory back: leave it out on a CPU"),
+        (replace(PLAIN, speculative_algorithm="EAGLE3"), r"temperature = 1\.0 .*'EAGLE3' on a CPU.*verifies greedily"),
+        (replace(PLAIN, speculative_algorithm="NGRAM", device="auto"), r"temperature = 1\.0 .*'NGRAM' on a CPU"),
+    ],
+)
+def test_what_no_server_could_do_is_refused(config: RolloutConfig, message: str) -> None:
+    with pytest.raises(EngineConfigError, match=message):
+        check_start(config)
+
+
+def test_what_a_server_can_do_is_let_through() -> None:
+    flags = {
+        "nccl-port": 7,
+        "schedule_conservativeness": 1,
+        "disable_radix_cache": True,
+        "max_total_tokens": "16k",
+        "cuda_graph_bs_decode": [1, 8, 32],
+        "tensor_parallel_size": 1,
+    }
+    ready = check_start(with_flags(flags))
+    assert ready.device == "cpu" and ready.installation.version == "0.5.20"
+    assert ready.flags["tp_size"] == 1 and ready.spellings["tp_size"] == "tensor_parallel_size"
+    assert check_start(replace(PLAIN, speculative_algorithm="EAGLE3", temperature=0.0)).device == "cpu"
+    assert check_start(replace(PLAIN, speculative_algorithm="EAGLE3", allow_lossy=True)).device == "cpu"
+
+
+def test_a_flag_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    (tmp_path / "packages" / "sglang" / "srt" / "server_args.py").unlink()
+    with pytest.raises(EngineConfigError, match=r"server_args\.py cannot be read.*install SGLang again"):
+        check_start(PLAIN)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[]", "config.json: expected a JSON object, found list"),
+        ("{", "config.json cannot be read"),
+        ('{"max_position_embeddings": 40}', "config.json: key vocab_size is missing"),
+        ('{"vocab_size": "50", "max_position_embeddings": 40}', "key vocab_size is missing or not a whole number"),
+        ('{"vocab_size": 50}', "key max_position_embeddings is missing"),
+        ('{"vocab_size": 50, "max_position_embeddings": 8}', "context_length = 40 is above the 8 positions"),
+    ],
+)
+def test_a_policy_whose_sizes_are_not_told_is_named(policy: Path, text: str, message: str) -> None:
+    (policy / "config.json").write_text(text)
+    with pytest.raises(EngineConfigError, match=message):
+        check_policy(replace(PLAIN, context_length=40), policy)
+
+
+def cut(weights: Path) -> None:
+    weights.write_bytes(weights.read_bytes()[:-100])
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (cut, r"model\.safetensors: not a readable safetensors file"),
+        (Path.unlink, "neither model.safetensors nor"),
+    ],
+)
+def test_weights_that_no_server_could_load_are_named(
+    policy: Path, damage: Callable[[Path], None], message: str
+) -> None:
+    check_files(PLAIN, policy, None)
+    damage(policy / "model.safetensors")
+    with pytest.raises(EngineConfigError, match=message):
+        check_files(PLAIN, policy, None)
