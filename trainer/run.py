@@ -42,6 +42,7 @@ from trainer.resume_check import check_resumed, flat_settings
 from trainer.rewards import Reward, load_reward
 from trainer.rollouts import Rollout
 from trainer.run_dir import RunDir, check_run_dir, clear_unless_resumed, cut_metrics, make_run_dir
+from trainer.run_lock import RunLock
 from trainer.serving import build_engine, check_engine, context_length, eos_token_ids, load_tokenizer, read_draft
 
 
@@ -60,7 +61,7 @@ class Inputs:
 
 @dataclass
 class Run:
-    """One run on this rank. `engine`, `progress` and `writer` live on rank 0, `learner` on draft ranks."""
+    """One run on this rank. `engine`, `lock`, `progress` and `writer` live on rank 0, `learner` on draft ranks."""
 
     config: RunConfig
     directory: RunDir
@@ -70,6 +71,7 @@ class Run:
     learner: DraftLearner | None
     capture: CaptureSpec | None  # None without an EAGLE-3 draft
     progress: Progress | None
+    lock: RunLock | None
     writer: MetricsWriter | None = None
     position: DataPosition = field(default_factory=DataPosition)
     next_step: int = 0
@@ -159,9 +161,13 @@ class Run:
         from_rank_zero(lambda: cut_metrics(self.directory.metrics_file, self.next_step - 1))
 
     def close(self) -> None:
-        """Stop the engine, and the server behind it when there is one."""
-        if self.engine is not None:
-            self.engine.close()
+        """Stop the engine, and the server behind it when there is one; then the folder is free for others."""
+        try:
+            if self.engine is not None:
+                self.engine.close()
+        finally:
+            if self.lock is not None:
+                self.lock.release()
 
     def export(self) -> None:
         """Policy and draft in Hugging Face form under the run's folder."""
@@ -274,20 +280,36 @@ def build_run(config: RunConfig) -> Run:
     )
     engine_draft = copy.deepcopy(draft)
     learner = _make_learner(config, draft.to(device), policy.draft_group) if draft and policy.is_draft_rank else None
-    directory = from_rank_zero(lambda: make_run_dir(config))
+    directory, lock = _take_folder(config)
     return Run(
         config=config,
         directory=directory,
         inputs=inputs,
         policy=policy,
-        engine=_start_engine(config, inputs, engine_draft, directory),
+        engine=_start_engine(config, inputs, engine_draft, directory, lock),
         learner=learner,
         capture=None if draft is None else CaptureSpec(draft.config.aux_layer_ids, config.draft.capture_max_bytes),
         progress=None,
+        lock=lock,
     )
 
 
-def _start_engine(config: RunConfig, inputs: Inputs, draft: Eagle3 | None, directory: RunDir) -> RolloutEngine | None:
+def _take_folder(config: RunConfig) -> tuple[RunDir, RunLock | None]:
+    """The run's folder, made, and on rank 0 its lock, which does not travel."""
+    locks: list[RunLock] = []
+
+    def make() -> RunDir:
+        directory, lock = make_run_dir(config)
+        locks.append(lock)
+        return directory
+
+    directory = from_rank_zero(make)
+    return directory, locks[0] if locks else None
+
+
+def _start_engine(
+    config: RunConfig, inputs: Inputs, draft: Eagle3 | None, directory: RunDir, lock: RunLock | None
+) -> RolloutEngine | None:
     """The engine on rank 0, None on the others, which fail with it. It is built last: what is built must be closed."""
     engines: list[RolloutEngine] = []
 
@@ -297,8 +319,9 @@ def _start_engine(config: RunConfig, inputs: Inputs, draft: Eagle3 | None, direc
     try:
         from_rank_zero(start)
     except (ValueError, RuntimeError, OSError, KeyboardInterrupt):  # a server takes a minute to start
-        if rank() == 0:
+        if lock is not None:
             clear_unless_resumed(config, directory)
+            lock.release()
         raise
     return engines[0] if engines else None
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from sync.atomic import write_file
 from trainer.config import ConfigError, RunConfig
+from trainer.run_lock import RunLock, refuse_in_use
 from trainer.toml_writer import to_toml
 
 
@@ -32,6 +33,10 @@ class RunDir:
         return self.path / "checkpoints"
 
     @property
+    def lock_file(self) -> Path:
+        return self.path / "lock"
+
+    @property
     def engine(self) -> Path:
         """What a server leaves: its log, the draft that it started from, verdicts. No part of the run's results."""
         return self.path / "engine"
@@ -48,31 +53,47 @@ class RunDir:
 def check_run_dir(config: RunConfig) -> RunDir:
     """The run's folder, checked and not yet made: call it before heavy work.
 
-    Raises ConfigError when it holds something and the run does not resume, or when there is nothing to resume.
+    Raises ConfigError when another process writes it, when it holds something and the run does not resume, or when
+    there is nothing to resume.
     """
     run = RunDir(Path(config.run_dir) / config.name)
     try:
-        occupied = run.path.exists() and any(path != run.engine for path in run.path.iterdir())
+        refuse_in_use(run.lock_file)
+        _check_contents(config, run)
     except OSError as error:
         raise _unusable(run, error) from error
+    return run
+
+
+def _check_contents(config: RunConfig, run: RunDir) -> None:
+    of_no_run = (run.engine, run.lock_file)
+    occupied = run.path.exists() and any(path not in of_no_run for path in run.path.iterdir())
     if occupied and not config.resume:
         raise ConfigError(f"{run.path} exists already: continue it with --resume, or choose another --name")
     if config.resume and not occupied:
         raise ConfigError(f"{run.path} holds no run to resume: check --name and --run-dir, or drop --resume")
-    return run
 
 
-def make_run_dir(config: RunConfig) -> RunDir:
-    """Check, make the folder and write the resolved settings. For rank zero. Raises ConfigError."""
+def make_run_dir(config: RunConfig) -> tuple[RunDir, RunLock]:
+    """Check, make the folder, lock it and write the resolved settings. For rank zero, which releases the lock.
+
+    Raises ConfigError; of two starts at one moment, for one.
+    """
     run = check_run_dir(config)
     try:
         run.path.mkdir(parents=True, exist_ok=True)
-        # The first start's settings stay, so that a resumed run that differs can be compared with them.
-        resumed = config.resume and run.config_file.exists()
-        write_file(run.path / "config.resumed.toml" if resumed else run.config_file, to_toml(config))
+        lock = RunLock(run.lock_file)
+        try:
+            _check_contents(config, run)  # again: another start may have been and gone since
+            # The first start's settings stay, so that a resumed run that differs can be compared with them.
+            resumed = config.resume and run.config_file.exists()
+            write_file(run.path / "config.resumed.toml" if resumed else run.config_file, to_toml(config))
+        except BaseException:
+            lock.release()
+            raise
     except OSError as error:
         raise _unusable(run, error) from error
-    return run
+    return run, lock
 
 
 def clear_unless_resumed(config: RunConfig, run: RunDir) -> None:
