@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
+from rollout_engine.types import EngineError
 from trainer import demo
 from trainer.cli import main
 from trainer.config import ConfigError
@@ -42,6 +43,8 @@ def run(*arguments, cwd):
         (["generate", "--policy", "p", "--prompt", "x", "--eps-clip", "1"], "--eps-clip is a setting of training"),
         (["generate", "--policy", "p", "--prompt", "x", "--draft.unroll=2"], "--draft.unroll is a setting of training"),
         (["serve", "--policy", "absent", "--lr", "1"], "--lr is a setting of training"),
+        (["serve", "--policy", "absent", "--num-rollout", "3"], "--num-rollout is a setting of a run"),
+        (["serve", "--policy", "absent", "--prompt-data", "p"], "--prompt-data is a setting of a run"),
         (["serve", "--policy", "absent"], "absent: no such folder"),
         (["serve", "--policy", "absent", "--engine", "torch"], "serve starts an SGLang server; leave --engine out"),
         (["serve", "--policy", "absent", "--speculative-algorithm", "EAGLE3"], "give --draft DIR"),
@@ -98,8 +101,17 @@ def test_a_full_disk_is_one_line(monkeypatch, capsys):
         raise OSError(28, "No space left on device", "runs/demo/policy")
 
     monkeypatch.setattr("trainer.cli._dispatch", full)
-    assert main([]) == 2
+    assert main([]) == 1
     assert capsys.readouterr().err == "slipstream: error: runs/demo/policy: No space left on device\n"
+
+
+def test_a_run_that_failed_is_one_line_and_status_1(monkeypatch, capsys):
+    def died(argv):
+        raise EngineError("the SGLang server ended:\nno GPU")
+
+    monkeypatch.setattr("trainer.cli._dispatch", died)
+    assert main([]) == 1
+    assert capsys.readouterr().err == "slipstream: error: the SGLang server ended: no GPU\n"
 
 
 @pytest.mark.parametrize("there_before", [False, True])

@@ -20,7 +20,7 @@ _BENCHMARKS = (
 )
 _MODEL_SIZES = "3m, 10m, 30m, 100m, 100m-deep or 300m"  # make_model.PRESETS, which loads torch
 _OWN_PACKAGES = ("trainer", "rollout_engine", "draft_models", "sync")
-_BAD_INPUT = 2
+_FAILED, _BAD_INPUT, _INTERRUPTED = 1, 2, 130
 
 
 class _Parser(argparse.ArgumentParser):
@@ -31,24 +31,25 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit status: 2 with one line on stderr for anything the user can mend."""
+    """Run one command and return its exit status: 0, or with one line on stderr 2 for bad input and 1 for a run that
+    failed (an engine that died, a full disk); 130 after Ctrl-C."""
     try:
         return _dispatch(list(sys.argv[1:] if argv is None else argv))
     except (ValueError, RuntimeError) as error:
         # This project's own exceptions are messages to the user; anything else is a fault and keeps its traceback.
         if type(error).__module__.partition(".")[0] not in _OWN_PACKAGES:
             raise
-        return _fail(str(error))
+        return _fail(str(error), _BAD_INPUT if isinstance(error, ValueError) else _FAILED)
     except OSError as error:
-        return _fail(f"{error.filename or 'input or output'}: {error.strerror or error}")
+        return _fail(f"{error.filename or 'input or output'}: {error.strerror or error}", _FAILED)
     except KeyboardInterrupt:
-        return 130
+        return _INTERRUPTED
 
 
-def _fail(message: str) -> int:
+def _fail(message: str, status: int) -> int:
     if os.environ.get("RANK", "0") == "0":  # ranks agree on errors: one line is enough
         print(f"slipstream: error: {' '.join(message.split())}", file=sys.stderr)
-    return _BAD_INPUT
+    return status
 
 
 def _dispatch(argv: list[str]) -> int:

@@ -71,6 +71,7 @@ _AT_LEAST_ZERO = (
 _BELOW_ONE = ("policy.adam_beta1", "policy.adam_beta2", "draft.adam_beta1", "draft.adam_beta2")
 
 _TRAINING = ("policy.", "algorithm.", "draft.")
+_OF_THE_ENGINE = ("rollout.", "external_engine_addrs")
 _DERIVED_OF_TRAINING = DERIVED.keys() - {"external_engine_addrs"}
 
 
@@ -79,6 +80,14 @@ def refuse_training(overrides: Sequence[Override], command: str) -> None:
     for override in overrides:
         if override.key.startswith(_TRAINING) or override.key in _DERIVED_OF_TRAINING:
             raise ConfigError(f"{override.flag} is a setting of training, and {command} trains nothing: leave it out")
+
+
+def refuse_all_but_engine(overrides: Sequence[Override], command: str) -> None:
+    """ConfigError for the first setting given to `command` that is not the engine's: of training, data or a run."""
+    refuse_training(overrides, command)
+    for override in overrides:
+        if not override.key.startswith(_OF_THE_ENGINE):
+            raise ConfigError(f"{override.flag} is a setting of a run, and {command} only starts an engine: leave it out")
 
 
 def validate(config: RunConfig, *, world_size: int = 1) -> list[str]:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from rollout_engine.config import RolloutConfig
 from trainer.config import ConfigError
-from trainer.config_check import check_rollout, refuse_training
+from trainer.config_check import check_rollout, refuse_all_but_engine
 from trainer.config_load import Override, load_config
 from trainer.serving import context_length, load_tokenizer, read_draft, start_sglang
 
@@ -41,7 +41,7 @@ def serve(policy: Path, draft: Path | None, work_dir: Path, overrides: Sequence[
 
 def _settings(draft: Path | None, overrides: Sequence[Override]) -> RolloutConfig:
     """EAGLE3 exactly when there is a draft, unless the command line says otherwise."""
-    refuse_training(overrides, "serve")
+    refuse_all_but_engine(overrides, "serve")
     defaults = [
         Override("", "rollout.engine", "sglang"),
         Override("", "rollout.speculative_algorithm", "NONE" if draft is None else "EAGLE3"),
