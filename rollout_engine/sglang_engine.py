@@ -22,7 +22,7 @@ from rollout_engine.server_process import ServerProcess
 from rollout_engine.sglang_checks import top_k_fault
 from rollout_engine.sglang_ends import end_token_ids, ended
 from rollout_engine.sglang_install import update_protocol
-from rollout_engine.sglang_launch import attach, start
+from rollout_engine.sglang_launch import attach, cause_of_end, end_of_log, start
 from rollout_engine.sglang_preflight import check_policy, has_tokenizer
 from rollout_engine.sglang_wire import error_text, generate_body, read_piece, routes, update_body
 from rollout_engine.stopping import Detokenize
@@ -392,8 +392,12 @@ class SGLangEngine:
         deadline_s = monotonic() + _DEATH_S
         while process.exit_status is None and monotonic() < deadline_s:
             sleep(0.05)
-        state = "runs but does not answer" if process.exit_status is None else f"ended ({process.exit_status})"
-        return f"the SGLang server {state}: {what}; the end of {self._work_dir / 'engine.log'}:\n{process.log_tail()}"
+        state = "runs but does not answer"
+        if process.exit_status is not None:
+            state = f"ended ({process.exit_status})"
+            if cause := cause_of_end(process):
+                state += f" by {cause}"
+        return f"the SGLang server {state}: {what}; {end_of_log(process, self._work_dir / 'engine.log')}"
 
     def _require_free(self) -> None:
         if self._is_generating:

@@ -20,7 +20,7 @@ from rollout_engine.sglang_attach import attach_faults
 from rollout_engine.sglang_flags import command_line, server_settings
 from rollout_engine.sglang_install import update_protocol
 from rollout_engine.sglang_preflight import check_files, check_start, has_tokenizer, read_json
-from rollout_engine.sglang_wire import failure_cause
+from rollout_engine.sglang_wire import known_cause, last_words
 from rollout_engine.types import EngineConfigError, EngineError
 
 _log = logging.getLogger(__name__)
@@ -29,6 +29,7 @@ _TRAINER_SHARE = 0.5  # of the free GPU memory, at most, for an engine that shar
 _ALONE_SHARE = 0.85  # where no training runs beside it
 _HIGHEST_PORT = 55000  # SGLang 0.5.15 takes the port 10,000 above for gRPC and refuses to start without one
 _HEALTH_TIMEOUT_S = 30.0
+_LOG_LINES = 2000  # among which the cause of an end is looked for: libraries say much as they go
 _ITEMSIZE = {"float32": 4, "bfloat16": 2}
 # torchrun's variables would make SGLang's own process groups join the trainer's, or wait for torchrun's store.
 _OF_TORCHRUN = re.compile(
@@ -162,11 +163,23 @@ def _wait_until_healthy(process: ServerProcess, client: HttpClient, timeout_s: f
     try:
         healthy = process.wait_until(is_healthy, timeout_s)
     except EngineError as error:
-        cause = failure_cause(process.log_tail(400))
-        what = f"the SGLang server did not start: {cause or error}; the end of {log}:\n{process.log_tail()}"
+        text = process.log_tail(_LOG_LINES)
+        cause = known_cause(text)
+        what = f"the SGLang server did not start: {cause or last_words(text) or error}; {end_of_log(process, log)}"
         raise (EngineConfigError if cause else EngineError)(what) from None
     if not healthy:
         raise EngineError(
-            f"the SGLang server is not healthy after {timeout_s:.0f} s (rollout.sglang_start_timeout_s); the end of "
-            f"{log}:\n{process.log_tail()}"
+            f"the SGLang server is not healthy after {timeout_s:.0f} s (rollout.sglang_start_timeout_s); "
+            f"{end_of_log(process, log)}"
         )
+
+
+def cause_of_end(process: ServerProcess) -> str:
+    """Why a server that was healthy has ended, in one line; "" when its log does not say."""
+    text = process.log_tail(_LOG_LINES)
+    return last_words(text) or known_cause(text)
+
+
+def end_of_log(process: ServerProcess, log: Path) -> str:
+    tail = process.log_tail()
+    return f"the end of {log}:\n{tail}" if tail.strip() else f"{log} is empty"

@@ -136,9 +136,24 @@ _CAUSES = (
 )
 
 
-def failure_cause(log: str) -> str:
-    """Why a server did not start, read from its log; "" when it is none of the known causes."""
+# A log has many of these, and the last one is nearest to the end, but for what one process says about another's end.
+_LAST_WORDS = re.compile(
+    r"^(?:[\w.]+\.)?\w*(?:Error|Exception)(?:: .*)?$|^[\w .\-]+: error: .+$|Subprocess \w+ .*crashed with exit code.*",
+    re.MULTILINE,
+)
+_ABOUT_ANOTHER = re.compile(r"scheduler died during|crashed with exit code|^(EOF|BrokenPipe|ConnectionReset)Error")
+
+
+def known_cause(log: str) -> str:
+    """What to change so that a server starts, read from its log; "" when it is none of the known causes."""
     for pattern, text in _CAUSES:
         if found := re.search(pattern, log):
             return text.format(what=found.group("what").strip())
     return ""
+
+
+def last_words(log: str) -> str:
+    """The error of which a server died, in one line, as its log tells it; "" when it tells none."""
+    found = [line.strip() for line in _LAST_WORDS.findall(log)]
+    causes = [line for line in found if not _ABOUT_ANOTHER.search(line)]
+    return (causes or found or [""])[-1]

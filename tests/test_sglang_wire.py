@@ -14,8 +14,9 @@ import torch
 from rollout_engine.request_pool import Progress
 from rollout_engine.sglang_wire import (
     error_text,
-    failure_cause,
     generate_body,
+    known_cause,
+    last_words,
     plain_stats,
     read_piece,
     routes,
@@ -163,5 +164,39 @@ def test_error_answers_become_one_line() -> None:
     ],
 )
 def test_causes_are_read_from_the_log(log: str, cause: str) -> None:
-    found = failure_cause(log)
+    found = known_cause(log)
     assert cause in found and bool(found) == bool(cause)
+
+
+TRACEBACK = """[2026-01-01 12:00:00] Scheduler hit an exception: Traceback (most recent call last):
+  File "weight_utils.py", line 1351, in _load_file
+    raise ValueError("in the source: never this")
+{error}
+
+[2026-01-01 12:00:01] SIGQUIT received. signum=None, frame=None. It usually means one child failed.
+"""
+SPAM = "nanobind: leaked 518 functions!\n" + ' - leaked function "create_fneg"\n' * 100
+CRASH = "[2026-01-01] Subprocess scheduler_0 (pid=9) crashed with exit code -9. Triggering SIGQUIT for cleanup...\n"
+RANK = "RuntimeError: Rank 0 scheduler died during initialization (exit code: 1).\n"
+
+
+@pytest.mark.parametrize(
+    ("log", "words"),
+    [
+        (
+            TRACEBACK.format(error="safetensors_rust.SafetensorError: file not fully covered") + SPAM,
+            "safetensors_rust.S",
+        ),
+        ("ValueError: the first\n" + TRACEBACK.format(error="KeyError: 'the last'"), "KeyError: 'the last'"),
+        (TRACEBACK.format(error="AssertionError"), "AssertionError"),
+        (TRACEBACK.format(error="KeyError: 'mine'") + RANK + "EOFError\n", "KeyError: 'mine'"),
+        (RANK, "RuntimeError: Rank 0 scheduler died"),
+        ("usage: x\nsglang serve: error: argument --x: invalid float value: 'abc'\n", "sglang serve: error: argument"),
+        (CRASH, "Subprocess scheduler_0 (pid=9) crashed with exit code -9"),
+        ("[2026-01-01] Ignore import error when loading x: No module named 'vllm'\n", ""),
+        ("", ""),
+    ],
+)
+def test_the_last_words_of_a_server_are_one_line(log: str, words: str) -> None:
+    found = last_words(log)
+    assert found.startswith(words) and bool(found) == bool(words) and "\n" not in found
