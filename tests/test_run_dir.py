@@ -154,6 +154,21 @@ def test_a_place_that_is_not_a_folder(tmp_path: Path) -> None:
         make_run_dir(config_in(tmp_path))
 
 
+def test_a_place_that_cannot_be_written_is_one_line_before_anything_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "runs").mkdir(mode=0o500)
+    access = os.access  # root may write everywhere
+    monkeypatch.setattr(os, "access", lambda path, mode: access(path, mode) and path != tmp_path / "runs")
+    for config in (config_in(tmp_path), config_in(tmp_path, run_dir=str(tmp_path / "runs" / "deep" / "er"))):
+        with pytest.raises(
+            ConfigError, match=r"run folder: \S*/runs is not writable; choose another --run-dir"
+        ) as error:
+            check_run_dir(config)
+        assert "\n" not in str(error.value)
+    assert list((tmp_path / "runs").iterdir()) == []
+
+
 def test_metrics_are_cut_after_the_checkpoint(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     whole = [json.dumps({"step": step, "reward": 0.5}) + "\n" for step in range(5)]

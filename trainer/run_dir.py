@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,9 +62,19 @@ def check_run_dir(config: RunConfig) -> RunDir:
     try:
         refuse_in_use(run.lock_file)
         _check_contents(config, run)
+        _check_writable(run.path)
     except OSError as error:
         raise _unusable(run, error) from error
     return run
+
+
+def _check_writable(path: Path) -> None:
+    """OSError when `path`, or the first folder above it that is there, takes no files: nothing is made to find out."""
+    there = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    if not there.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(there))
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, f"{there} is not writable", str(there))
 
 
 def _check_contents(config: RunConfig, run: RunDir) -> None:
