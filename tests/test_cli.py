@@ -146,6 +146,7 @@ def test_dry_run_checks_prints_and_writes_nothing(tiny_model, tmp_path, monkeypa
     ("argument", "message"),
     [
         ("--rollout.device=foo", "rollout.device = 'foo'"),
+        ("--rollout-max-response-len=256", "leaves no room for a prompt in the 256 positions of "),
         ("--rollout.cost_table=absent.json", "no such file"),
         pytest.param(
             "--engine=sglang",

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from draft_models.checkpoint import save_draft
 from draft_models.eagle3 import DraftError, Eagle3, Eagle3Config, choose_draft_vocab
 from draft_models.types import VerifyRule
+from rollout_engine.config import RolloutConfig
 from rollout_engine.sglang_checks import check_draft_vocabulary
 from rollout_engine.types import RolloutEngine, SamplingParams
 from sync.atomic import whole_folder
@@ -198,7 +199,7 @@ def read_inputs(config: RunConfig) -> Inputs:
     hf_config = read_config(folder)
     check_policy(config, folder, hf_config)
     tokenizer = load_tokenizer(folder)
-    longest = context_length(folder, config.rollout) - 1
+    longest = _longest_prompt(folder, config.rollout)
     data = config.data
 
     def load(path: str) -> PromptData:
@@ -215,6 +216,17 @@ def read_inputs(config: RunConfig) -> Inputs:
         reward=load_reward(data.reward, tokenizer),
         eos_token_ids=eos_token_ids(folder, tokenizer),
     )
+
+
+def _longest_prompt(folder: Path, rollout: RolloutConfig) -> int:
+    """Tokens. ConfigError when a whole response leaves no room for any, the length being the checkpoint's or set."""
+    positions = context_length(folder, rollout)
+    if rollout.max_response_len >= positions:
+        raise ConfigError(
+            f"rollout.max_response_len = {rollout.max_response_len} leaves no room for a prompt in the {positions} "
+            f"positions of {folder}"
+        )
+    return positions - 1
 
 
 def check_policy(config: RunConfig, folder: Path, hf_config: dict[str, Any]) -> None:
