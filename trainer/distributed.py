@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import os
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+
+# The other ranks wait in a broadcast for rank 0's rollout, evaluation and server start. The defaults (gloo 30 minutes,
+# NCCL 10) would end a run whose rollout is merely long. A rank that died is seen earlier, by torchrun.
+TIMEOUT = timedelta(hours=12)
 
 
 def init_distributed() -> torch.device:
@@ -21,9 +26,9 @@ def init_distributed() -> torch.device:
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
         if "RANK" in os.environ:
-            dist.init_process_group(backend)
+            dist.init_process_group(backend, timeout=TIMEOUT)
         else:
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=TIMEOUT)
     return device
 
 
