@@ -87,7 +87,9 @@ def refuse_all_but_engine(overrides: Sequence[Override], command: str) -> None:
     refuse_training(overrides, command)
     for override in overrides:
         if not override.key.startswith(_OF_THE_ENGINE):
-            raise ConfigError(f"{override.flag} is a setting of a run, and {command} only starts an engine: leave it out")
+            raise ConfigError(
+                f"{override.flag} is a setting of a run, and {command} only starts an engine: leave it out"
+            )
 
 
 def validate(config: RunConfig, *, world_size: int = 1) -> list[str]:
