@@ -23,7 +23,7 @@ from rollout_engine.sglang_checks import top_k_fault
 from rollout_engine.sglang_ends import end_token_ids, ended
 from rollout_engine.sglang_install import update_protocol
 from rollout_engine.sglang_launch import attach, cause_of_end, end_of_log, start
-from rollout_engine.sglang_preflight import check_policy, has_tokenizer
+from rollout_engine.sglang_preflight import check_folder, check_policy, has_tokenizer
 from rollout_engine.sglang_wire import error_text, generate_body, read_piece, routes, update_body
 from rollout_engine.stopping import Detokenize
 from rollout_engine.types import (
@@ -106,6 +106,9 @@ class SGLangEngine:
         self._depth = 0 if config.speculative_algorithm == "NONE" else config.speculative_num_steps
         self._roles = ["draft", "policy"] if config.speculative_algorithm == "EAGLE3" else ["policy"]
         self._work_dir = work_dir = work_dir.absolute()  # the server runs in it
+        check_folder("work_dir", work_dir)
+        if config.sync_dir:
+            check_folder("rollout.sync_dir", Path(config.sync_dir))
         work_dir.mkdir(parents=True, exist_ok=True)
         self._has_tokenizer = has_tokenizer(policy)
         self._process: ServerProcess | None = None

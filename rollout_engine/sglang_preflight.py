@@ -7,6 +7,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import torch
@@ -76,6 +77,20 @@ def check_files(config: RolloutConfig, policy: Path, draft: Path | None) -> None
         found = read_json(path)
         check_draft_fits(sizes, found, path)
         check_draft_vocabulary(config, found.get("draft_vocab_size") not in (None, sizes["vocab_size"]))
+
+
+def check_folder(setting: str, folder: Path) -> None:
+    """Raises EngineConfigError naming `setting` when `folder` cannot be made or written to. Leaves nothing behind."""
+    there = folder.absolute()
+    while not (there.exists() or there.is_symlink()):
+        there = there.parent
+    try:
+        with TemporaryFile(dir=there):  # by trying, because root may write where no file can be
+            pass
+    except OSError as error:
+        raise EngineConfigError(
+            f"{setting} = {str(folder)!r} cannot be written to ({there}: {error.strerror}); choose another folder"
+        ) from error
 
 
 def has_tokenizer(policy: Path) -> bool:

@@ -13,8 +13,11 @@ import torch
 from safetensors.torch import save_file
 
 from rollout_engine.config import RolloutConfig
-from rollout_engine.sglang_preflight import check_files, check_policy, check_start
+from rollout_engine.sglang_preflight import check_files, check_folder, check_policy, check_start
 from rollout_engine.types import EngineConfigError
+from trainer.cli import main
+from trainer.make_model import MakeModelConfig, make_model
+from trainer.serving import check_engine
 
 PLAIN = RolloutConfig(engine="sglang", speculative_algorithm="NONE", device="cpu")
 FIELDS = """
@@ -134,3 +137,30 @@ def test_weights_that_no_server_could_load_are_named(
     damage(policy / "model.safetensors")
     with pytest.raises(EngineConfigError, match=message):
         check_files(PLAIN, policy, None)
+
+
+@pytest.mark.parametrize("name", ["file", "file/below", "link", "/proc/below"])
+def test_a_folder_that_cannot_be_written_to_is_named_with_its_setting(tmp_path: Path, name: str) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    folder = tmp_path / name
+    with pytest.raises(EngineConfigError, match=rf"rollout\.sync_dir = '{folder}' cannot be written to"):
+        check_folder("rollout.sync_dir", folder)
+    config = RolloutConfig(engine="sglang", sglang_address="http://127.0.0.1:1", sync_dir=str(folder))
+    with pytest.raises(EngineConfigError, match=r"rollout\.sync_dir = "):
+        check_engine(config)
+
+
+def test_a_folder_that_can_be_made_is_let_through_and_not_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    before = list(tmp_path.iterdir())
+    check_folder("rollout.sync_dir", Path("new") / "below")
+    check_folder("rollout.sync_dir", tmp_path)
+    assert list(tmp_path.iterdir()) == before
+
+
+def test_serve_names_a_folder_that_it_cannot_have(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").touch()
+    out = make_model(MakeModelConfig(out=tmp_path / "model", num_train_prompts=4, num_eval_prompts=4))
+    assert main(["serve", "--policy", str(out), "--work-dir", str(tmp_path / "file")]) == 2
+    assert f"--work-dir = '{tmp_path / 'file'}' cannot be written to" in capsys.readouterr().err

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from rollout_engine.config import RolloutConfig
+from rollout_engine.sglang_preflight import check_folder
 from trainer.config import ConfigError
 from trainer.config_check import check_rollout, refuse_all_but_engine
 from trainer.config_load import Override, load_config
@@ -24,6 +25,7 @@ def serve(policy: Path, draft: Path | None, work_dir: Path, overrides: Sequence[
     tokenizer = load_tokenizer(policy)
     context_length(policy, rollout)
     eagle3 = None if draft is None else read_draft(draft, policy)
+    check_folder("--work-dir", work_dir)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # from here on like Ctrl-C, also while the server starts
     work_dir.mkdir(parents=True, exist_ok=True)
     engine = start_sglang(policy, rollout, eagle3, tokenizer, work_dir, serves_files=True)

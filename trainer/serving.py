@@ -14,7 +14,7 @@ from draft_models.eagle3 import DraftError, Eagle3
 from rollout_engine.config import RolloutConfig
 from rollout_engine.decoder import Decoder
 from rollout_engine.hf_checkpoint import CheckpointError
-from rollout_engine.sglang_preflight import check_start
+from rollout_engine.sglang_preflight import check_folder, check_start
 from rollout_engine.torch_engine import TorchEngine
 from rollout_engine.types import RolloutEngine
 from sync.atomic import whole_folder
@@ -115,11 +115,15 @@ def read_draft(folder: Path, target: Path) -> Eagle3:
 
 
 def check_engine(rollout: RolloutConfig) -> None:
-    """What shows without loading anything: ConfigError or EngineConfigError for a device that is not there or cannot do
-    what is asked, an SGLang that is not installed or not known, and server flags that it does not take."""
+    """What shows without loading anything. ConfigError or EngineConfigError for a device that is not there or cannot do
+    what is asked, an SGLang that is not installed or not known, server flags that it does not take, and a folder for
+    weights that cannot be written to."""
     if rollout.engine == "torch":
         device_of(rollout)
-    elif not rollout.sglang_address:
+        return
+    if rollout.sync_dir:
+        check_folder("rollout.sync_dir", Path(rollout.sync_dir))
+    if not rollout.sglang_address:
         check_start(rollout)
 
 
