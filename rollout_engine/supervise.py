@@ -17,6 +17,7 @@ import time
 import psutil
 
 _POLL_S = 0.2
+_TRACKER_S = 3.0  # for removing files, before they are killed too
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
 
@@ -42,16 +43,35 @@ def main(parent_pid: int, command: list[str]) -> int:
 
 
 def kill_descendants() -> None:
-    """Kill and reap until no descendant is left: a process may have started another one in between."""
+    """Kill and reap until no descendant is left: a process may have started another one in between.
+
+    Python's resource trackers come last: without anyone left to use it, they remove the shared memory and semaphores
+    that would otherwise stay in /dev/shm, and end by themselves.
+    """
     me = psutil.Process()
-    while descendants := me.children(recursive=True):
-        for process in descendants:
-            try:
-                process.kill()
-            except psutil.NoSuchProcess:
-                continue
-        psutil.wait_procs(descendants, timeout=1.0)
-        _reap()
+    while users := [process for process in me.children(recursive=True) if not _is_tracker(process)]:
+        _kill(users)
+    psutil.wait_procs(me.children(recursive=True), timeout=_TRACKER_S)
+    while rest := me.children(recursive=True):
+        _kill(rest)
+    _reap()
+
+
+def _is_tracker(process: psutil.Process) -> bool:
+    try:
+        return "multiprocessing.resource_tracker" in " ".join(process.cmdline())
+    except psutil.Error:  # gone, or a zombie, which _kill reaps
+        return False
+
+
+def _kill(processes: list[psutil.Process]) -> None:
+    for process in processes:
+        try:
+            process.kill()
+        except psutil.NoSuchProcess:
+            continue
+    psutil.wait_procs(processes, timeout=1.0)
+    _reap()
 
 
 def _reap() -> None:

@@ -164,3 +164,21 @@ def test_log_tail_reads_the_end_only(tmp_path: Path) -> None:
 def test_a_taken_port_is_seen() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         assert port_is_taken(listener.getsockname()[1])
+
+
+def test_a_server_that_is_stopped_leaves_no_shared_memory(tmp_path: Path) -> None:
+    program = textwrap.dedent("""
+        import multiprocessing as mp, time
+        from multiprocessing.shared_memory import SharedMemory
+        memory = SharedMemory(create=True, size=64)
+        worker = mp.get_context("spawn").Process(target=time.sleep, args=(600,))
+        worker.start()
+        print("memory", memory.name, flush=True)
+        time.sleep(600)
+    """)
+    server = ServerProcess([sys.executable, "-c", program], tmp_path / "log", os.environ, tmp_path)
+    assert server.wait_until(lambda: "memory" in server.log_tail(), LIMIT_S)
+    memory = Path("/dev/shm") / server.log_tail().split()[1]
+    assert memory.exists()
+    server.close()
+    assert not memory.exists()
