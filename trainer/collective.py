@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from trainer.distributed import rank, world_size
+from trainer.interrupt import interruptible
 
 T = TypeVar("T")
 
@@ -20,8 +21,8 @@ class RemoteError(RuntimeError):
 def from_rank_zero(action: Callable[[], T]) -> T:
     """Run `action` on rank 0 and give every rank its result. Collective.
 
-    A ValueError, RuntimeError or OSError of rank 0 (bad input, a failed reward, an engine error, a full disk) is raised
-    there, and as RemoteError elsewhere, so that no rank waits for one that has gone.
+    A ValueError, RuntimeError or OSError of rank 0 (bad input, a failed reward, an engine error, a full disk) and its
+    Ctrl-C are raised there, and as RemoteError elsewhere, so that no rank waits for one that has gone.
     """
     return _from(0, action)
 
@@ -53,16 +54,24 @@ def tensors_to_rank_zero(tensors: Mapping[str, torch.Tensor], device: torch.devi
 
 def _from(source: int, action: Callable[[], T]) -> T:
     if world_size() == 1:
-        return action()
+        with interruptible():
+            return action()
     if rank() != source:
         return _receive(source)
     try:
-        result = action()
-    except (ValueError, RuntimeError, OSError) as error:
+        result = _act(source, action)
+    except (ValueError, RuntimeError, OSError, KeyboardInterrupt) as error:
         dist.broadcast_object_list([None, f"{type(error).__name__}: {error}"], src=source)
         raise
     dist.broadcast_object_list([result, None], src=source)
     return result
+
+
+def _act(source: int, action: Callable[[], T]) -> T:
+    if source != 0:  # one rank decides about Ctrl-C, which a terminal sends to all
+        return action()
+    with interruptible():
+        return action()
 
 
 def _receive(source: int) -> T:

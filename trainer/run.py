@@ -35,6 +35,7 @@ from trainer.data import DataPosition, Prompt, PromptData, load_prompts
 from trainer.distributed import init_distributed, rank, world_size
 from trainer.draft_learner import DraftLearner, DraftSettings
 from trainer.hf_files import HFWeights, read_config
+from trainer.interrupt import deferred_interrupts
 from trainer.megatron_policy import CaptureSpec, MegatronPolicy
 from trainer.megatron_settings import rope_frequencies, transformer_settings
 from trainer.metrics import MetricsWriter, PhaseClock, read_metrics
@@ -351,12 +352,13 @@ def train(config: RunConfig) -> int:
         torch.use_deterministic_algorithms(True)
     run = build_run(config)
     try:
-        if config.resume:
-            run.restore()
-        if rank() != 0:
+        with deferred_interrupts():
+            if config.resume:
+                run.restore()
+            if rank() == 0:
+                return _train_on_first_rank(config, run)
             loop.train(run)
             return 0
-        return _train_on_first_rank(config, run)
     except (ValueError, RuntimeError):
         # A run that finished no step (a reward that fails at once, say) leaves nothing in the way of the next try.
         if rank() == 0 and run.next_step == 0:
