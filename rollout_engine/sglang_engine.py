@@ -8,7 +8,7 @@ sglang_preflight (what it cannot do), sglang_flags and sglang_launch (how it is 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from queue import Empty
 from time import monotonic, sleep
@@ -250,11 +250,12 @@ class SGLangEngine:
             return
         self._is_closed = True
         self._shut_because = "it is closed"
-        if self._transport is not None:
-            self._transport.close()
-        if self._process is not None:
-            self._process.close()
-        self._client.close()
+        with ExitStack() as parts:  # each, even when Ctrl-C interrupts the end of another
+            parts.callback(self._client.close)
+            if self._process is not None:
+                parts.callback(self._process.close)
+            if self._transport is not None:
+                parts.callback(self._transport.close)
 
     @contextmanager
     def _weight_update(self) -> Iterator[dict[str, Any]]:

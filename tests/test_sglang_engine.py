@@ -456,3 +456,15 @@ def test_a_working_folder_named_relative_to_here_is_the_same_one_everywhere(
     names = {path.name for path in (tmp_path / "runs" / "engine").iterdir()}
     assert "exchange" in names
     assert not names & {"sync", "sglang", "torch"}, "the server runs there: such a folder hides the package"
+
+
+def test_an_interrupted_end_closes_the_connections_still(engine: SGLangEngine) -> None:
+    class Interrupted:
+        def close(self) -> None:
+            raise KeyboardInterrupt
+
+    engine._process = Interrupted()  # type: ignore[assignment]
+    client = engine._client
+    with pytest.raises(KeyboardInterrupt):
+        engine.close()
+    assert client._session.closed
