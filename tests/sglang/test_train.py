@@ -33,6 +33,7 @@ def test_a_run_is_the_same_but_for_its_engine(model: Path, tmp_path: Path) -> No
     assert not any(line["reproducible"] for line in found)  # no seeds are sent
     assert [line["policy_version"] for line in found] == [0, 1]
     assert max(line["logp_diff_max"] for line in found) < helpers.LOGPROB_TOLERANCE
+    assert all(abs(line["surprise_gap_z"]) < 5 for line in found), "SGLang samples from the policy's own law"
     assert (folder / "policy" / "model.safetensors").exists() and (folder / "report.html").exists()
 
 
@@ -45,6 +46,7 @@ def test_policy_and_draft_are_trained_served_and_resumed(model: Path, tmp_path: 
     assert [(line["step"], line["policy_version"]) for line in found] == [(0, 0), (1, 1), (2, 2)]
     assert max(line["logp_diff_max"] for line in found) < helpers.LOGPROB_TOLERANCE
     assert all(line["accept_length"] >= 1.0 and line["draft_loss"] > 0 for line in found)
+    assert all(line["surprise_gap_z"] < -5 for line in found), "its greedy verification shows, right log-probs or not"
     assert (folder / "draft" / "model.safetensors").exists()
 
 
