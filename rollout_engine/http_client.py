@@ -20,6 +20,8 @@ class ServerUnreachable(ConnectionError):
 
 @dataclass(frozen=True, slots=True)
 class Reply:
+    """What a server answered, whatever its status."""
+
     status: int
     body: bytes
 

@@ -19,6 +19,8 @@ _LEAST_FRACTION = 0.1
 
 @dataclass(frozen=True, slots=True)
 class MemoryNeed:
+    """Accelerator memory that an engine needs for its models and the KV of all its slots."""
+
     policy_bytes: int
     draft_bytes: int
     kv_bytes_per_token: int  # of policy and draft together
@@ -51,6 +53,7 @@ class MemoryNeed:
 
 
 def gib(num_bytes: float) -> str:
+    """As text, in GiB."""
     return f"{num_bytes / _GIB:.2f} GiB"
 
 

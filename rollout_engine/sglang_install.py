@@ -31,6 +31,8 @@ print(json.dumps({"folder": folder, "flashinfer": has("flashinfer"), "memory_sav
 
 @dataclass(frozen=True, slots=True)
 class Installation:
+    """The SGLang that an interpreter would import, found without importing it."""
+
     python: str
     folder: Path  # of the package
     version: str

@@ -39,6 +39,8 @@ _OF_TORCHRUN = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class Server:
+    """A server that answers: started here, or attached to."""
+
     client: HttpClient
     version: str
     process: ServerProcess | None  # None: not ours
@@ -181,5 +183,6 @@ def cause_of_end(process: ServerProcess) -> str:
 
 
 def end_of_log(process: ServerProcess, log: Path) -> str:
+    """The end of an error: the last lines that the server wrote, or that it wrote none."""
     tail = process.log_tail()
     return f"the end of {log}:\n{tail}" if tail.strip() else f"{log} is empty"

@@ -94,6 +94,7 @@ def check_folder(setting: str, folder: Path) -> None:
 
 
 def has_tokenizer(policy: Path) -> bool:
+    """Whether the folder holds one; without it a server takes and gives token ids alone."""
     return any((policy / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json"))
 
 

@@ -100,6 +100,7 @@ class DiskCarrier:
 
 
 def version_folder(directory: Path, version: int) -> Path:
+    """Where a version lies, or would."""
     return directory / f"version_{version:06d}"
 
 

@@ -27,6 +27,8 @@ class Transport(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class SyncReport:
+    """One sync that the engine has confirmed; `time_s` is all of `publish`."""
+
     version: int
     num_tensors: int
     num_bytes: int
