@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from benchmarks.common import Ratio, half_width_95, paired_ratio
+from trainer.metrics import Surprise, total_surprise
 
 BUCKETS = ((1, 1), (2, 8), (9, 32), (33, 128), (129, 1 << 30))  # live requests, both ends included
 PLAIN = "none"
@@ -396,21 +397,7 @@ def sync_speed(runs: Sequence[RunRecord]) -> SyncSpeed | None:
     return SyncSpeed(len(times), num_bytes, median_s * 1e3, phase_s * 1e3, num_bytes / median_s / 1e9, copy_s * 1e3)
 
 
-@dataclass(frozen=True, slots=True)
-class Surprise:
-    """-log p(x) - H(p) over all sampled tokens: 0 on average when they were drawn from the policy's own law p."""
-
-    mean: float  # nats
-    z: float  # a standard normal then
-    num_tokens: int
-
-
 def surprise(runs: Sequence[RunRecord]) -> Surprise | None:
     """Over all steps of `runs`; None where a step does not tell."""
     lines = [step.metrics for run in runs for step in run.steps]
-    if not lines or not all(line.get("surprise_gap_z") for line in lines):
-        return None
-    sums = [line["surprise_gap"] * line["num_tokens"] for line in lines]
-    squares = sum((total / line["surprise_gap_z"]) ** 2 for total, line in zip(sums, lines, strict=True))
-    num_tokens = int(sum(line["num_tokens"] for line in lines))
-    return Surprise(sum(sums) / num_tokens, sum(sums) / math.sqrt(squares), num_tokens)
+    return total_surprise(lines) if all("surprise_gap_z" in line for line in lines) else None

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 from benchmarks import rl_on_gpu_analysis as analysis
 from benchmarks.rl_on_gpu_analysis import PLAIN, BucketSpeed, RunRecord
+from trainer.metrics import MAX_SURPRISE_Z
 
 CATCH_UP_STEPS, CATCH_UP_SHARE = 10, 0.9
 MAX_DRAFT_SHARE = 0.1
-MAX_SURPRISE_Z = 4.0  # of an exact sampler once in 16,000 arms
 
 
 @dataclass(frozen=True, slots=True)

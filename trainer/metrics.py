@@ -12,6 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -273,3 +274,27 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     if not lines:
         raise MetricsError(f"{path}: empty; give the folder of a run that finished at least one step")
     return lines
+
+
+@dataclass(frozen=True, slots=True)
+class Surprise:
+    """-log p(x) - H(p) over all sampled tokens: 0 on average when they were drawn from the policy's own law p."""
+
+    mean: float  # nats
+    z: float  # a standard normal then
+    num_tokens: int
+
+
+MAX_SURPRISE_Z = 4.0  # of an exact sampler once in 16,000 runs
+
+
+def total_surprise(lines: Sequence[Mapping[str, Any]]) -> Surprise | None:
+    """Over the metrics lines that tell it (see `policy_batch.surprise_metrics`); None when none does."""
+    keys = {"surprise_gap", "surprise_gap_z", "num_tokens"}
+    told = [line for line in lines if keys <= line.keys() and line["surprise_gap_z"]]
+    if not told:
+        return None
+    sums = [line["surprise_gap"] * line["num_tokens"] for line in told]
+    squares = sum((total / line["surprise_gap_z"]) ** 2 for total, line in zip(sums, told, strict=True))
+    num_tokens = int(sum(line["num_tokens"] for line in told))
+    return Surprise(sum(sums) / num_tokens, sum(sums) / math.sqrt(squares), num_tokens)

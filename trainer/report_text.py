@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from trainer.metrics import MAX_SURPRISE_Z, total_surprise
 from trainer.progress import phase_seconds
 
 Lines = Sequence[Mapping[str, Any]]
 EVEN = 0.05  # a speed this near to 1 is neither faster nor slower: a single probe is not more exact
-MAX_SURPRISE_Z = 4.0  # of an exact sampler once in 16,000 runs
 MEASUREMENTS = ("eval", "probe")  # phases that a run without measurements would not have
 
 ENGINES = {"torch": "embedded engine", "sglang": "engine SGLang"}
@@ -122,21 +121,16 @@ def logp_gap(lines: Lines) -> str:
 
 def surprise(lines: Lines) -> str:
     """Whether the tokens were drawn from the policy's own law, over the whole run; empty where no step tells."""
-    told = [line for line in lines if line.get("surprise_gap_z") and {"surprise_gap", "num_tokens"} <= line.keys()]
-    if not told:
+    seen = total_surprise(lines)
+    if seen is None:
         return ""
-    sums = [line["surprise_gap"] * line["num_tokens"] for line in told]
-    squares = sum((total / line["surprise_gap_z"]) ** 2 for total, line in zip(sums, told, strict=True))
-    z = sum(sums) / math.sqrt(squares)
-    verdict = (
-        "as it is when tokens are drawn from the policy's own law"
-        if abs(z) < MAX_SURPRISE_Z
-        else ("too far from 0 for tokens drawn from the policy's own law (but top-p, top-k and min-p make it negative)")
-    )
-    mean = sum(sums) / sum(line["num_tokens"] for line in told)
-    return (
-        f" Over the run, -log p of the sampled tokens lies {mean:+.4f} nats from the entropy, z = {z:+.1f}: {verdict}."
-    )
+    verdict = "as it is when tokens are drawn from the policy's own law"
+    if abs(seen.z) >= MAX_SURPRISE_Z:
+        verdict = (
+            "too far from 0 for tokens drawn from the policy's own law (but top-p, top-k and min-p make it negative)"
+        )
+    gap = f"{seen.mean:+.4f} nats from the entropy, z = {seen.z:+.1f}"
+    return f" Over the run, -log p of the sampled tokens lies {gap}: {verdict}."
 
 
 def speed(lines: Lines) -> str:
