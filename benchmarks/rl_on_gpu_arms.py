@@ -92,7 +92,7 @@ class Plan:
     lr: float = 5e-5
     max_tokens_per_gpu: int = 16_384
     draft_lr: float = 1e-3
-    draft_updates: int = 8
+    draft_updates: int = 16  # as many as the offline draft gets from a rollout
     draft_tokens: int = 8192  # of one update
     offline_steps: int = 8  # rollouts of the start policy that the offline draft learns from
     offline_updates: int = 16  # on each of them
