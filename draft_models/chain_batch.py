@@ -65,11 +65,13 @@ class DraftBatch:
         return self.key_position_S.index_select(0, self.chain_key_Q) + self.ahead(step)
 
 
-def make_batch(samples: Sequence[DraftSample]) -> DraftBatch | None:
+def make_batch(samples: Sequence[DraftSample], *, window: int = 0) -> DraftBatch | None:
     """Join samples in order of length (stable), without those too short to hold a chain; None when none is left.
 
     Raises ValueError when they come from different forwards, whose output layers may differ.
     """
+    if window:
+        raise NotImplementedError("draft batches of windows are not there yet")
     samples = [s for s in samples if len(s.token_ids) - s.prompt_len >= 2]
     if not samples:
         return None

@@ -7,9 +7,28 @@ vocabulary `target_ids_D` gives the target id of every draft id; None means that
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import StrEnum
 
 import torch
 from torch import Tensor
+
+from draft_models.types import VerifyRule
+
+
+class LossKind(StrEnum):
+    """What a draft is trained to minimise."""
+
+    FORWARD_KL = "forward_kl"
+    REVERSE_KL = "reverse_kl"
+    TV = "tv"
+    LK = "lk"
+    CROSS_ENTROPY = "cross_entropy"
+    HARD_LABEL = "hard_label"
+
+
+def resolve_loss(name: str, rule: VerifyRule) -> LossKind:
+    """The loss called `name`; "auto" is the one that matches the rule. Raises ValueError for an unknown name."""
+    return LossKind.FORWARD_KL if name == "auto" else LossKind(name)
 
 
 @dataclass(frozen=True, slots=True)

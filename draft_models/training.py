@@ -23,6 +23,7 @@ from draft_models.chain_batch import DraftBatch, make_batch
 from draft_models.eagle3 import Eagle3
 from draft_models.head_loss import HeadTask, head_loss
 from draft_models.layers import FAST, MixedNumerics, Numerics
+from draft_models.losses import LossKind
 from draft_models.types import VerifyRule
 
 __all__ = ["DraftBatch", "DraftLoss", "accept_posteriors", "draft_loss", "make_batch", "unroll"]
@@ -74,6 +75,7 @@ def draft_loss(
     step_decay: float,
     rule: VerifyRule | None = None,
     *,
+    loss: LossKind = LossKind.FORWARD_KL,
     product_dtype: torch.dtype | None = None,
 ) -> DraftLoss:
     """Soft-label forward KL of `depth` unrolled steps against the target at the rollout's temperature.
@@ -82,6 +84,8 @@ def draft_loss(
     acceptance forecast needs. `product_dtype` (bfloat16, say) is that of the matrix products' operands; None is the
     weights' own. Weights, norms, residual stream, softmax and loss keep the weights' dtype.
     """
+    if loss is not LossKind.FORWARD_KL:
+        raise NotImplementedError(f"the draft loss {loss} is not there yet")
     dtype = draft.lm_head.weight.dtype
     product_dtype = product_dtype or dtype
     numerics = FAST if product_dtype == dtype else MixedNumerics(product_dtype)
