@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,12 +16,12 @@ import torch.distributed as dist
 
 from draft_models.config import DraftConfig
 from draft_models.eagle3 import Eagle3
-from draft_models.forecast import AcceptForecast, forecast_acceptance
 from draft_models.randomness import request_seed
-from draft_models.training import DraftBatch, DraftLoss, accept_posteriors, draft_loss, make_batch
-from draft_models.types import DraftSample, VerifyRule
+from draft_models.training import DraftBatch, DraftLoss, draft_loss, make_batch
+from draft_models.types import DraftSample
 from rollout_engine.types import Sample
 from trainer.config import ConfigError
+from trainer.draft_forecast import DraftForecast, DraftSettings, all_reduce
 
 Key = tuple[int, int]
 COMPUTE_DTYPES = {"float32": None, "bfloat16": torch.bfloat16}
@@ -30,14 +29,6 @@ COMPUTE_DTYPES = {"float32": None, "bfloat16": torch.bfloat16}
 
 class DraftUpdateError(RuntimeError):
     """A draft step was refused (loss or gradient not finite); draft and optimizer are as before it."""
-
-
-@dataclass(frozen=True, slots=True)
-class DraftSettings:
-    """What of the run's other settings the draft's training depends on."""
-
-    rule: VerifyRule
-    depth: int  # k of the engine, for the forecast
 
 
 def product_dtype(compute_dtype: str) -> torch.dtype | None:
@@ -76,6 +67,7 @@ class DraftLearner:
         self.draft, self.config, self.settings = draft, config, settings
         self._product_dtype = product_dtype(config.compute_dtype)
         self._group = group
+        self._forecast = DraftForecast(settings, self._product_dtype, group)
         self._frozen: Eagle3 | None = None
         self._optimizer = torch.optim.AdamW(
             draft.parameters(),
@@ -108,9 +100,7 @@ class DraftLearner:
     def score(self, captured: Sequence[DraftSample], plan: Sequence[frozenset[Key]]) -> dict[str, Any]:
         """The forecast alone, for a draft that is not trained."""
         batch = make_batch([s for s in captured if (s.prompt_id, s.sample_id) in plan[0]]) if plan else None
-        if batch is None:
-            return self._forecast_metrics("predicted", None, batch)
-        return self._forecast_metrics("predicted", self._posteriors(self.draft, batch), batch)
+        return self._forecast.metrics("predicted", self.draft, batch)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """What a sync sends: the draft's tensors under their checkpoint names."""
@@ -169,7 +159,7 @@ class DraftLearner:
             counts = torch.tensor([loss.token_count, *loss.counts], dtype=torch.float64).to(device, non_blocking=True)
             sums[0, 0], sums[0, 1], sums[1:, 0] = loss.loss_sum.detach(), counts[0], counts[1:]
             sums[1:, 1:] = torch.stack((loss.kl_K, loss.overlap_K, loss.top1_K), dim=1)
-        self._all_reduce(sums)
+        all_reduce(sums, self._group)
         return sums.cpu()
 
     def _reduce_and_clip(self) -> float:
@@ -186,46 +176,12 @@ class DraftLearner:
         largest = self.config.clip_grad or math.inf  # 0 = no clipping, as for the policy
         return float(torch.nn.utils.clip_grad_norm_(self.draft.parameters(), largest))
 
-    def _all_reduce(self, sums: torch.Tensor) -> None:
-        if self._group is not None and self._group.size() > 1:
-            dist.all_reduce(sums, group=self._group)
-
-    # ---- what the served draft should have shown ----
-
     def _forecasts(self, batch: DraftBatch | None, loss: DraftLoss | None) -> dict[str, Any]:
         posteriors_QK = None if loss is None else loss.posterior_QK
-        if batch is not None and posteriors_QK is None:
-            posteriors_QK = self._posteriors(self.draft, batch)
-        metrics = self._forecast_metrics("predicted", posteriors_QK, batch)
+        metrics = self._forecast.metrics("predicted", self.draft, batch, posteriors_QK)
         if self._frozen is not None:
-            frozen_QK = None
-            if batch is not None:
-                frozen_QK = self._posteriors(self._frozen, batch)
-            metrics |= self._forecast_metrics("frozen", frozen_QK, batch)
+            metrics |= self._forecast.metrics("frozen", self._frozen, batch)
         return metrics
-
-    def _posteriors(self, draft: Eagle3, batch: DraftBatch) -> torch.Tensor:
-        return accept_posteriors(
-            draft, batch, self.settings.depth, self.settings.rule, product_dtype=self._product_dtype
-        )
-
-    def _forecast_metrics(
-        self, name: str, posteriors_QK: torch.Tensor | None, batch: DraftBatch | None
-    ) -> dict[str, Any]:
-        depth = self.settings.depth
-        sums = torch.zeros(3 * depth + 1, dtype=torch.float64)
-        if posteriors_QK is not None and batch is not None:
-            expected = forecast_acceptance(posteriors_QK, batch.num_chains, depth)
-            counts = (*expected.histogram, *expected.proposed_by_position, *expected.accepted_by_position)
-            sums = torch.tensor(counts, dtype=torch.float64)
-        sums = sums.to(next(self.draft.parameters()).device)
-        self._all_reduce(sums)
-        histogram, proposed, accepted = (part.tolist() for part in sums.split([depth + 1, depth, depth]))
-        forecast = AcceptForecast(tuple(histogram), tuple(proposed), tuple(accepted))
-        if forecast.num_verify_steps == 0:
-            return {}
-        rates = [a / p for a, p in zip(accepted, proposed, strict=True) if p > 0]
-        return {f"{name}_accept_length": forecast.accept_length, f"{name}_accept_rate_by_position": rates}
 
 
 def _mean_metrics(steps: Sequence[dict[str, float]]) -> dict[str, Any]:
