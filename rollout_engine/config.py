@@ -1,4 +1,4 @@
-"""`[rollout]`: the engine, its memory, its sampling and its speculation."""
+"""`[rollout]`: the engine, its memory, its sampling and speculation; `[speculation]`: what stands beside the drafter."""
 
 from __future__ import annotations
 
@@ -42,3 +42,19 @@ class RolloutConfig:
     sync_dir: str = ""  # folder that trainer and engine both see, for disk and for an engine elsewhere
     sync_host: str = ""  # for broadcast, the trainer's address as the engine sees it; "" = what its host name means
     sglang: dict[str, Any] = field(default_factory=dict)  # server flags, verbatim: mem_fraction_static = 0.3
+
+
+@dataclass(frozen=True, slots=True)
+class SpeculationConfig:
+    """`[speculation]`: a second drafter beside EAGLE-3, which remembers what was written before.
+
+    History drafts are what followed the same words in the prompt's siblings and in its earlier epochs. They go first
+    where they are likelier to stand than EAGLE-3's, per request and step.
+    """
+
+    history: bool = False  # the embedded engine with EAGLE3
+    history_num_steps: int = 0  # most tokens of a history draft; 0 = rollout.speculative_num_steps
+    history_min_match: int = 2  # last tokens that must agree with the older text
+    history_max_match: int = 16  # more than these make no difference
+    history_min_confidence: float = 0.3  # measured share of first tokens that stand, below which nothing is proposed
+    history_max_tokens: int = 2_000_000  # of finished texts kept; the oldest rollouts' go first

@@ -143,6 +143,16 @@ GOOD = ("--rollout-batch-size=4", "--n-samples-per-prompt=4", *SOURCES)
         (["--draft.capture-max-bytes=0"], "capture_max_bytes = 0: it must be at least 1"),
         (["--draft.updates-per-step=0"], "updates_per_step = 0"),
         (["--draft.max-tokens-per-update=0"], "max_tokens_per_update = 0"),
+        (["--speculation.history-num-steps=-1"], "speculation.history_num_steps = -1: it must be at least 0"),
+        (["--speculation.history-min-match=0"], "history_min_match = 0: it must be at least 1"),
+        (["--speculation.history-max-tokens=0"], "history_max_tokens = 0"),
+        (
+            ["--speculation.history", "--speculation.history-min-match=9", "--speculation.history-max-match=8"],
+            "is above",
+        ),
+        (["--speculation.history", "--speculation.history-min-confidence=1.5"], "confidence = 1.5: it must be 0 to 1"),
+        (["--speculation.history", "--speculative-algorithm=NGRAM"], "history drafts stand beside EAGLE3's"),
+        (["--speculation.history", "--speculative-algorithm=NONE"], "history drafts stand beside EAGLE3's"),
     ],
 )
 def test_impossible_settings_are_refused(arguments, message):
@@ -158,6 +168,7 @@ SGLANG = ("--engine=sglang", "--rollout.controller=fixed")
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--speculation.history"], "SGLang runs one speculative algorithm"),
         (["--rollout.verify-rule=coupled"], "needs seeds, which SGLang ignores while verifying: use 'rejection' or"),
         (["--enable-deterministic-inference"], "batch_invariant = True is for the embedded engine alone; with SGLang:"),
         (["--rollout.ngram-min-match=4"], "ngram_min_match = 4 is for the embedded engine alone"),

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from draft_models.config import DraftConfig
-from rollout_engine.config import RolloutConfig
+from rollout_engine.config import RolloutConfig, SpeculationConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +88,7 @@ class RunConfig:
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
     draft: DraftConfig = field(default_factory=DraftConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    speculation: SpeculationConfig = field(default_factory=SpeculationConfig)
     data: DataConfig = field(default_factory=DataConfig)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rollout_engine.config import RolloutConfig
+from rollout_engine.config import RolloutConfig, SpeculationConfig
 from rollout_engine.sglang_checks import check_draft_vocabulary, check_sglang, check_sync_folder, check_torch
 from rollout_engine.types import EngineConfigError
 from trainer.config import ConfigError, RunConfig
@@ -42,6 +42,8 @@ _AT_LEAST_ONE = (
     "draft.max_tokens_per_update",
     "draft.capture_max_bytes",
 )
+    "speculation.history_min_match",
+    "speculation.history_max_tokens",
 
 _AT_LEAST_ZERO = (
     "save_interval",
@@ -67,6 +69,7 @@ _AT_LEAST_ZERO = (
     "draft.intermediate_size",
     "data.num_eval_prompts",
 )
+    "speculation.history_num_steps",
 
 _BELOW_ONE = ("policy.adam_beta1", "policy.adam_beta2", "draft.adam_beta1", "draft.adam_beta2")
 
@@ -102,6 +105,7 @@ def validate(config: RunConfig, *, world_size: int = 1) -> list[str]:
     warnings = check_rollout(config.rollout, config.deterministic)
     if config.rollout.engine == "sglang":
         _check_sglang_run(config)
+    check_speculation(config.speculation, config.rollout)
     return [*warnings, *_training_warnings(config)]
 
 
@@ -139,6 +143,31 @@ def check_rollout(rollout: RolloutConfig, deterministic: bool = False) -> list[s
 
 def _check_engine(rollout: RolloutConfig) -> list[str]:
     """What the chosen engine cannot do, in its own module's words."""
+def check_speculation(speculation: SpeculationConfig, rollout: RolloutConfig) -> None:
+    """ConfigError for a drafter beside EAGLE-3 that the engine does not have."""
+    if not speculation.history:
+        return
+    if rollout.engine != "torch":
+        raise ConfigError(
+            "speculation.history = true with rollout.engine = 'sglang': SGLang runs one speculative algorithm, so its "
+            "n-gram trie cannot stand beside EAGLE-3; leave it out, or use rollout.engine = 'torch'"
+        )
+    if rollout.speculative_algorithm != "EAGLE3":
+        raise ConfigError(
+            f"speculation.history = true with rollout.speculative_algorithm = {rollout.speculative_algorithm!r}: "
+            "history drafts stand beside EAGLE3's; use that, or leave history out"
+        )
+    if speculation.history_min_match > speculation.history_max_match:
+        raise ConfigError(
+            f"speculation.history_min_match = {speculation.history_min_match} is above "
+            f"speculation.history_max_match = {speculation.history_max_match}"
+        )
+    if not 0 <= speculation.history_min_confidence <= 1:
+        raise ConfigError(
+            f"speculation.history_min_confidence = {speculation.history_min_confidence}: it must be 0 to 1"
+        )
+
+
     try:
         if rollout.engine == "torch":
             check_torch(rollout)
