@@ -18,10 +18,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from draft_models.eagle3 import DraftError, Eagle3, Eagle3Config, default_aux_layer_ids
+from draft_models.spellings import ARCHITECTURE, Spelling, spelling_of
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
-ARCHITECTURE = "LlamaForCausalLMEagle3"
 _OPTIONAL = frozenset({"embed_tokens.weight", "t2d"})  # the policy's embedding is used; t2d follows from d2t
 
 
@@ -91,6 +91,8 @@ def _read_config(path: Path, target_config: Mapping[str, Any] | None) -> Eagle3C
         raise DraftError(f"{path}: no such file; expected the config.json of an EAGLE-3 draft") from None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise DraftError(f"{path}: cannot be read as JSON: {error}") from None
+    if isinstance(raw, dict) and spelling_of(raw) is Spelling.SPECULATORS:
+        raise _other_spelling(path, Spelling.SPECULATORS)
     if not isinstance(raw, dict) or ARCHITECTURE not in (raw.get("architectures") or []):
         found = raw.get("architectures") if isinstance(raw, dict) else type(raw).__name__
         raise DraftError(f"{path}: expected architectures [{ARCHITECTURE!r}], found {found}")
@@ -119,6 +121,8 @@ def _read_tensors(path: Path, config: Eagle3Config) -> dict[str, Tensor]:
         with safe_open(path, framework="pt") as file:
             names = set(file.keys())
             missing, extra = sorted(expected.keys() - names - _OPTIONAL), sorted(names - expected.keys() - _OPTIONAL)
+            if "d2t" in extra:
+                raise _other_spelling(path, Spelling.SPECFORGE)
             if missing:
                 raise DraftError(f"{path}: tensor {missing[0]} is missing (expected shape {expected[missing[0]]})")
             if extra:
@@ -131,6 +135,13 @@ def _read_tensors(path: Path, config: Eagle3Config) -> dict[str, Tensor]:
     for name, tensor in tensors.items():
         _check_tensor(path, name, tensor, expected[name], tensors["fc.weight"].dtype)
     return tensors
+
+
+def _other_spelling(path: Path, spelling: Spelling) -> DraftError:
+    return DraftError(
+        f"{path}: a draft in the spelling of {spelling}; convert it into SGLang's: "
+        f"slipstream finetune-draft --import {path.parent} --target HF_DIR --out NEW_DIR"
+    )
 
 
 def _check_tensor(path: Path, name: str, tensor: Tensor, shape: tuple[int, ...], weight_dtype: torch.dtype) -> None:
