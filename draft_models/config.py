@@ -13,7 +13,9 @@ class DraftConfig:
     the draft starts from random weights.
     """
 
-    train: bool = True
+    train: bool = True  # false: the same as train_when = "never"
+    train_when: str = "always"  # always | never | pays: in the steps, and on the tokens, that win more than they cost
+    schedule: str = ""  # with pays: the draft_schedule.jsonl of an earlier run, whose decisions are taken again
     aux_layer_ids: tuple[int, ...] = ()  # () = three distinct layers: second, middle, fourth from the top
     draft_vocab_size: int = 0  # 0 = the target's whole vocabulary (needed for the rejection rule in SGLang)
     intermediate_size: int = 0  # 0 = the target's
@@ -28,3 +30,8 @@ class DraftConfig:
     updates_per_step: int = 1  # optimizer steps per rollout, each on its own part of the captured samples
     max_tokens_per_update: int = 4096  # tokens of one optimizer step; the rest of the samples is left out
     capture_max_bytes: int = 2 << 30  # captured states kept at once; above it samples are dropped, and counted
+
+    @property
+    def when(self) -> str:
+        """`train_when`, or "never" where `train` is off: the one place that joins the two."""
+        return self.train_when if self.train else "never"

@@ -290,6 +290,7 @@ def test_later_overrides_win():
         (["--num-rollout=9"], "num_rollout = 9 ends before"),
         (["--speculative-algorithm=NONE"], "has no draft to freeze"),
         (["--draft.train=false"], "the draft itself is frozen"),
+        (["--draft.train-when=never"], "the draft itself is frozen"),
     ],
 )
 def test_a_frozen_draft_that_will_never_be_scored_is_warned_of(arguments, why):

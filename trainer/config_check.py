@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from draft_models.config import DraftConfig
 from rollout_engine.config import RolloutConfig, SpeculationConfig
 from rollout_engine.sglang_checks import check_draft_vocabulary, check_sglang, check_sync_folder, check_torch
 from rollout_engine.types import EngineConfigError
@@ -22,6 +23,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "rollout.controller": ("adaptive", "fixed"),
     "policy.dtype": ("float32", "bfloat16"),
     "draft.compute_dtype": ("float32", "bfloat16"),
+    "draft.train_when": ("always", "never", "pays"),
     "policy.lr_decay_style": ("constant", "linear", "cosine", "inverse-square-root"),
     "algorithm.advantage_estimator": ("grpo",),
     "algorithm.kl_loss_type": ("k1", "k2", "k3", "low_var_kl"),
@@ -41,9 +43,9 @@ _AT_LEAST_ONE = (
     "draft.updates_per_step",
     "draft.max_tokens_per_update",
     "draft.capture_max_bytes",
-)
     "speculation.history_min_match",
     "speculation.history_max_tokens",
+)
 
 _AT_LEAST_ZERO = (
     "save_interval",
@@ -68,8 +70,8 @@ _AT_LEAST_ZERO = (
     "draft.draft_vocab_size",
     "draft.intermediate_size",
     "data.num_eval_prompts",
-)
     "speculation.history_num_steps",
+)
 
 _BELOW_ONE = ("policy.adam_beta1", "policy.adam_beta2", "draft.adam_beta1", "draft.adam_beta2")
 
@@ -100,12 +102,13 @@ def validate(config: RunConfig, *, world_size: int = 1) -> list[str]:
     _check_choices(config, _CHOICES)
     _check_ranges(config)
     _check_schedule(config)
+    _check_draft_schedule(config.draft)
     _check_sources(config)
     _check_batch(config, world_size)
     warnings = check_rollout(config.rollout, config.deterministic)
+    check_speculation(config.speculation, config.rollout)
     if config.rollout.engine == "sglang":
         _check_sglang_run(config)
-    check_speculation(config.speculation, config.rollout)
     return [*warnings, *_training_warnings(config)]
 
 
@@ -141,8 +144,6 @@ def check_rollout(rollout: RolloutConfig, deterministic: bool = False) -> list[s
     return warnings
 
 
-def _check_engine(rollout: RolloutConfig) -> list[str]:
-    """What the chosen engine cannot do, in its own module's words."""
 def check_speculation(speculation: SpeculationConfig, rollout: RolloutConfig) -> None:
     """ConfigError for a drafter beside EAGLE-3 that the engine does not have."""
     if not speculation.history:
@@ -168,6 +169,8 @@ def check_speculation(speculation: SpeculationConfig, rollout: RolloutConfig) ->
         )
 
 
+def _check_engine(rollout: RolloutConfig) -> list[str]:
+    """What the chosen engine cannot do, in its own module's words."""
     try:
         if rollout.engine == "torch":
             check_torch(rollout)
@@ -254,6 +257,23 @@ def _check_schedule(config: RunConfig) -> None:
         )
 
 
+def _check_draft_schedule(draft: DraftConfig) -> None:
+    if not draft.train and draft.train_when == "pays":
+        raise ConfigError(
+            "draft.train = false and draft.train_when = 'pays' contradict each other: leave one of them out"
+        )
+    if draft.schedule and draft.when != "pays":
+        raise ConfigError(
+            f"draft.schedule = {draft.schedule!r} has no effect with draft.train_when = {draft.when!r}: set it to "
+            "'pays', or leave the schedule out"
+        )
+    if draft.schedule and not Path(draft.schedule).is_file():
+        raise ConfigError(
+            f"draft.schedule = {draft.schedule!r}: no such file; give the draft_schedule.jsonl of an earlier run, or "
+            "leave it out to decide anew"
+        )
+
+
 def _check_sources(config: RunConfig) -> None:
     if not config.name or config.name in (".", "..") or "/" in config.name:
         raise ConfigError(f"name = {config.name!r}: it must be one folder's name; run_dir says where that folder lies")
@@ -304,6 +324,11 @@ def _training_warnings(config: RunConfig) -> list[str]:
         warnings.append(
             f"frozen_draft_step = {config.frozen_draft_step} has no effect, {why}: no frozen_accept_length is recorded"
         )
+    if config.deterministic and config.draft.when == "pays" and not config.draft.schedule:
+        warnings.append(
+            "deterministic = true with draft.train_when = 'pays': timings decide when the draft learns; the run's "
+            "draft_schedule.jsonl records it, and draft.schedule = FILE takes the same decisions again"
+        )
     if rollout.dtype != config.policy.dtype:
         warnings.append(
             f"policy.dtype = {config.policy.dtype!r} trains, rollout.dtype = {rollout.dtype!r} samples: their "
@@ -332,8 +357,8 @@ def _why_never_frozen(config: RunConfig) -> str | None:
         return None
     if config.rollout.speculative_algorithm != "EAGLE3":
         return f"speculative_algorithm = {config.rollout.speculative_algorithm!r} has no draft to freeze"
-    if not config.draft.train:
-        return "with draft.train = false the draft itself is frozen"
+    if config.draft.when == "never":
+        return "with draft.train = false or train_when = 'never' the draft itself is frozen"
     if config.frozen_draft_step >= config.num_rollout:
         return f"num_rollout = {config.num_rollout} ends before"
     return None
