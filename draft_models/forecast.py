@@ -138,12 +138,17 @@ def _target_id(draft_id: Tensor, target_ids_R: Tensor | None) -> Tensor:
     return draft_id if target_ids_R is None else target_ids_R[draft_id]
 
 
+def draft_ids(token_n: Tensor, target_ids_R: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The draft's id of each target token, and whether it has one; the id of one without is valid and means nothing."""
+    if target_ids_R is None:
+        return token_n, torch.ones_like(token_n, dtype=torch.bool)
+    index_n = torch.searchsorted(target_ids_R, token_n).clamp(max=len(target_ids_R) - 1)
+    return index_n, target_ids_R[index_n] == token_n
+
+
 def _prob_of_token(logits_nR: Tensor, token_n: Tensor, target_ids_R: Tensor | None) -> Tensor:
     """softmax(logits) at each target token; 0 for tokens outside the draft's vocabulary."""
-    index_n, known_n = token_n, torch.ones_like(token_n, dtype=torch.bool)
-    if target_ids_R is not None:
-        index_n = torch.searchsorted(target_ids_R, token_n).clamp(max=len(target_ids_R) - 1)
-        known_n = target_ids_R[index_n] == token_n
+    index_n, known_n = draft_ids(token_n, target_ids_R)
     log_prob_n = logits_nR.gather(1, index_n[:, None])[:, 0] - logits_nR.logsumexp(-1)
     return torch.where(known_n, log_prob_n.exp(), 0.0)
 

@@ -16,12 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from draft_models.chain_batch import DraftBatch
-from draft_models.forecast import EmittedTokens, posterior_at_temperature
-from draft_models.losses import compare, soft_target
+from draft_models.forecast import EmittedTokens, draft_ids, posterior_at_temperature
+from draft_models.losses import Comparison, LossKind, SoftTarget, acceptance, compare, loss_and_gradient, soft_target
 from draft_models.types import VerifyRule
 
 _PIECE_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 27}  # of [K, c, R]: within the CPU's cache; large products on a GPU
-NUM_FIGURES = 4  # KL, overlap, top1, agree
+NUM_FIGURES = 6  # loss, KL, overlap, top1, agree, acceptance
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,21 +30,24 @@ class HeadTask:
 
     batch: DraftBatch
     target_ids_R: Tensor | None
-    weight_KQ: Tensor  # of each KL in the loss; 0 where no chain is
-    rule: VerifyRule | None  # for the posterior
+    loss: LossKind
+    weight_KQ: Tensor  # of each row's loss; 0 where no chain is
+    rule: VerifyRule | None  # for its acceptance
+    wants_posterior: bool  # under that rule
     product_dtype: torch.dtype
 
 
 def head_loss(normed_KQH: Tensor, head_RH: Tensor, task: HeadTask) -> tuple[Tensor, Tensor, Tensor]:
-    """Weighted sum of KL over steps and rows; differentiable in the normed states and the head.
+    """Weighted sum of the loss over steps and rows; differentiable in the normed states and the head.
 
     Args:
         normed_KQH: what the head reads at step j for target row r, in [j, r]; anything finite where no chain is.
         head_RH: the draft's output layer.
 
     Returns:
-        the loss (scalar), and without gradient: figures [4, K, Q] (KL, overlap, top1, agree) and acceptance
-        posteriors [K, Q] (zero without a rule), both meaningless where no chain is.
+        the loss (scalar), and without gradient: figures [6, K, Q] (loss, KL, overlap, top1, agree, and acceptance under
+        the rule, zero without one) and acceptance posteriors [K, Q] (zero unless wanted), all meaningless where no
+        chain is.
     """
     wants_grad = torch.is_grad_enabled() and (normed_KQH.requires_grad or head_RH.requires_grad)
     loss, figures, posterior = _HeadLoss.apply(normed_KQH, head_RH, task, wants_grad)
@@ -72,12 +75,15 @@ class _HeadLoss(torch.autograd.Function):
             x_KcH = x_KQH[:, rows]
             target_logits_cV = _target_logits(task.batch, rows, temperature_Q1)
             logits_KcR = F.linear(x_KcH, head).to(normed_KQH.dtype)
-            if task.rule is not None:
+            if task.rule is not None and task.wants_posterior:
                 posterior[:, rows] = _posterior(task, task.rule, rows, logits_KcR, target_logits_cV)
-            found = compare(logits_KcR, soft_target(target_logits_cV, task.target_ids_R))
-            figures[:, :, rows] = torch.stack((found.kl, found.overlap, found.top1, found.agree))
+            target = soft_target(target_logits_cV, task.target_ids_R, with_log=task.loss is LossKind.REVERSE_KL)
+            found = compare(logits_KcR, target)
+            accept = _acceptance(task, rows, found, target)
+            loss, gradient = loss_and_gradient(task.loss, found, target, _labels(task, rows))
+            figures[:, :, rows] = torch.stack((loss, found.kl, found.overlap, found.top1, found.agree, accept))
             if wants_grad:
-                grad_logits = found.grad.mul_(task.weight_KQ[:, rows, None]).to(task.product_dtype)
+                grad_logits = gradient.mul_(task.weight_KQ[:, rows, None]).to(task.product_dtype)
                 grad_x[:, rows] = grad_logits @ head
                 grad_head += grad_logits.flatten(0, 1).t() @ x_KcH.flatten(0, 1)
         ctx.save_for_backward((grad_x.to(normed_KQH.dtype) / temperature_Q1) if wants_grad else grad_x, grad_head)
@@ -103,6 +109,23 @@ def _target_logits(batch: DraftBatch, rows: slice, temperature_Q1: Tensor) -> Te
     return logits_cV.to(temperature_Q1.dtype).div_(temperature_Q1[rows])
 
 
+def _acceptance(task: HeadTask, rows: slice, found: Comparison, target: SoftTarget) -> Tensor:
+    """[K, c]; zeros without a rule."""
+    if task.rule is None:
+        return torch.zeros_like(found.overlap)
+    return acceptance(task.rule, found, target, _is_greedy(task.batch, rows))
+
+
+def _is_greedy(batch: DraftBatch, rows: slice) -> Tensor:
+    return batch.temperature_B[batch.chain_sample_Q[rows]] == 0
+
+
+def _labels(task: HeadTask, rows: slice) -> Tensor:
+    """Draft id of the token that stands in the text, -1 where it has none."""
+    index_c, known_c = draft_ids(task.batch.next_token_Q[rows], task.target_ids_R)
+    return index_c.masked_fill(~known_c, -1)
+
+
 def _posterior(task: HeadTask, rule: VerifyRule, rows: slice, logits_KcR: Tensor, target_logits_cV: Tensor) -> Tensor:
     batch, num_steps = task.batch, len(logits_KcR)
     token_c, sample_c = batch.next_token_Q[rows], batch.chain_sample_Q[rows]
@@ -114,6 +137,6 @@ def _posterior(task: HeadTask, rule: VerifyRule, rows: slice, logits_KcR: Tensor
         seed_n=batch.seed_B[sample_c].repeat(num_steps),
         position_n=position_c.repeat(num_steps),
     )
-    is_greedy_n = (batch.temperature_B[sample_c] == 0).repeat(num_steps)
+    is_greedy_n = _is_greedy(batch, rows).repeat(num_steps)
     flat = posterior_at_temperature(rule, logits_KcR.flatten(0, 1), is_greedy_n, emitted, task.target_ids_R)
     return flat.unflatten(0, (num_steps, -1))

@@ -54,13 +54,14 @@ def unroll(draft: Eagle3, batch: DraftBatch, depth: int, numerics: Numerics = FA
 class DraftLoss:
     """Sums, so that data-parallel ranks can divide by the global count. Those by step are float64 [K], no gradient."""
 
-    loss_sum: Tensor  # scalar with gradient: sum over steps j of step_decay**j * KL, in nats
+    loss_sum: Tensor  # scalar with gradient: sum over steps j of step_decay**j * loss
     counts: tuple[int, ...]  # chains inside their text, by step
     kl_K: Tensor
     overlap_K: Tensor  # see `losses.Comparison`
     top1_K: Tensor
     agree_K: Tensor
-    posterior_QK: Tensor | None  # see `accept_posteriors`; None when no rule was given
+    accept_K: Tensor | None  # the rule's own acceptance, see `losses.acceptance`; None when no rule was given
+    posterior_QK: Tensor | None  # see `accept_posteriors`; None when not asked for
 
     @property
     def token_count(self) -> int:
@@ -76,16 +77,16 @@ def draft_loss(
     rule: VerifyRule | None = None,
     *,
     loss: LossKind = LossKind.FORWARD_KL,
+    posteriors: bool = True,
     product_dtype: torch.dtype | None = None,
 ) -> DraftLoss:
-    """Soft-label forward KL of `depth` unrolled steps against the target at the rollout's temperature.
+    """`loss` of `depth` unrolled steps against the target at the rollout's temperature.
 
-    Greedy samples are compared at temperature 1. With `rule` the same forward also gives `posterior_QK`, what the
-    acceptance forecast needs. `product_dtype` (bfloat16, say) is that of the matrix products' operands; None is the
-    weights' own. Weights, norms, residual stream, softmax and loss keep the weights' dtype.
+    Greedy samples are compared at temperature 1. With `rule` the same forward also gives `accept_K`, and, unless
+    `posteriors` is off, `posterior_QK`, what the acceptance forecast needs. `product_dtype` (bfloat16, say) is that of
+    the matrix products' operands; None is the weights' own. Weights, norms, residual stream, softmax and loss keep the
+    weights' dtype.
     """
-    if loss is not LossKind.FORWARD_KL:
-        raise NotImplementedError(f"the draft loss {loss} is not there yet")
     dtype = draft.lm_head.weight.dtype
     product_dtype = product_dtype or dtype
     numerics = FAST if product_dtype == dtype else MixedNumerics(product_dtype)
@@ -94,14 +95,23 @@ def draft_loss(
     inside_KQ = batch.chain_rank_Q >= torch.arange(depth, device=batch.chain_rank_Q.device)[:, None]
     decay_K1 = torch.tensor([[step_decay**step] for step in range(depth)], dtype=dtype)
     weight_KQ = decay_K1.to(inside_KQ.device, non_blocking=True) * inside_KQ
-    task = HeadTask(batch, draft.target_ids, weight_KQ, rule, product_dtype)
+    wants_posterior = rule is not None and posteriors
+    task = HeadTask(batch, draft.target_ids, loss, weight_KQ, rule, wants_posterior, product_dtype)
     normed_KQH = draft.final_norm(torch.stack(states))
     loss_sum, figures, posterior_KQ = head_loss(normed_KQH, draft.lm_head.weight, task)
-    kl_K, overlap_K, top1_K, agree_K = torch.where(inside_KQ, figures, 0.0).sum(-1, dtype=torch.float64)
+    _, kl_K, overlap_K, top1_K, agree_K, accept_K = torch.where(inside_KQ, figures, 0.0).sum(-1, dtype=torch.float64)
     posterior_KQ = torch.where(inside_KQ, posterior_KQ, 0.0)
     by_chain = torch.stack([row_Q.roll(-step, 0) for step, row_Q in enumerate(posterior_KQ)], dim=1)
-    counts = batch.counts(depth)
-    return DraftLoss(loss_sum, counts, kl_K, overlap_K, top1_K, agree_K, None if rule is None else by_chain)
+    return DraftLoss(
+        loss_sum=loss_sum,
+        counts=batch.counts(depth),
+        kl_K=kl_K,
+        overlap_K=overlap_K,
+        top1_K=top1_K,
+        agree_K=agree_K,
+        accept_K=None if rule is None else accept_K,
+        posterior_QK=by_chain if wants_posterior else None,
+    )
 
 
 @torch.no_grad()

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from draft_models import head_loss, losses, text_attention
 from draft_models.eagle3 import Eagle3
 from draft_models.forecast import EmittedTokens, accept_posterior
+from draft_models.losses import LossKind
 from draft_models.training import DraftBatch, accept_posteriors, draft_loss, make_batch, unroll
 from draft_models.types import DraftSample, VerifyRule
 from tests.draft_helpers import TARGET_CONFIG, random_sample, small_draft
@@ -143,8 +144,10 @@ def test_flash_attention_is_asked_for_the_same_as_padded_products(monkeypatch: p
         torch.testing.assert_close(padded, flash, atol=1e-12, rtol=1e-10)
 
 
-def plain_loss(draft: Eagle3, samples: list[DraftSample], depth: int, decay: float) -> Tensor:
-    """The definition, one chain at a time, with torch's own kl_div."""
+def plain_loss(
+    draft: Eagle3, samples: list[DraftSample], depth: int, decay: float, kind: LossKind = LossKind.FORWARD_KL
+) -> Tensor:
+    """The definition, one chain at a time: with torch's own kl_div, or cross-entropy on the token of the text."""
     total = torch.zeros((), dtype=torch.float64)
     for index, root in chain_sources(samples):
         sample = samples[index]
@@ -153,23 +156,27 @@ def plain_loss(draft: Eagle3, samples: list[DraftSample], depth: int, decay: flo
             if draft.target_ids is not None:
                 p = p[draft.target_ids] / p[draft.target_ids].sum()
             log_q = (logits / sample.temperature).log_softmax(-1)
-            total = total + decay**step * torch.nn.functional.kl_div(log_q, p, reduction="sum")
+            token = sample.token_ids[root + 2 + step]
+            at = token if draft.target_ids is None else (draft.target_ids == token).nonzero().flatten()
+            value = torch.nn.functional.kl_div(log_q, p, reduction="sum")
+            total = total + decay**step * (value if kind is LossKind.FORWARD_KL else -log_q[at].sum())
     return total
 
 
+@pytest.mark.parametrize("kind", [LossKind.FORWARD_KL, LossKind.HARD_LABEL])
 @pytest.mark.parametrize("draft_vocab_size", [0, 11])
-def test_loss_and_gradients_equal_a_plain_version(draft_vocab_size: int) -> None:
+def test_loss_and_gradients_equal_a_plain_version(draft_vocab_size: int, kind: LossKind) -> None:
     samples = [
         random_sample(8, 3, 1, dtype=torch.float64, temperature=0.7),
         random_sample(6, 4, 2, dtype=torch.float64),
         random_sample(9, 2, 3, dtype=torch.float64, temperature=1.5),
     ]
     draft = small_draft(draft_vocab_size=draft_vocab_size, dtype=torch.float64)
-    result = draft_loss(draft, batch_of(samples), 3, 0.8)
+    result = draft_loss(draft, batch_of(samples), 3, 0.8, loss=kind)
     result.loss_sum.backward()
     gradients = {name: weight.grad.clone() for name, weight in draft.named_parameters()}
     draft.zero_grad()
-    expected = plain_loss(draft, samples, 3, 0.8)
+    expected = plain_loss(draft, samples, 3, 0.8, kind)
     expected.backward()
     torch.testing.assert_close(result.loss_sum, expected, atol=1e-12, rtol=1e-12)
     assert result.token_count == len(chain_sources(samples))
