@@ -18,6 +18,7 @@ from draft_models.eagle3 import Eagle3, Eagle3Config
 from draft_models.randomness import request_seed
 from draft_models.training import draft_loss, make_batch
 from draft_models.types import DraftSample
+from rollout_engine.capture import capture_samples
 from rollout_engine.config import RolloutConfig
 from rollout_engine.decoder import Decoder
 from rollout_engine.torch_engine import TorchEngine
@@ -86,32 +87,9 @@ def make_engine(policy: BenchPolicy, config: RolloutConfig, draft: Eagle3 | None
     return TorchEngine(policy.decoder, config, draft=draft, eos_token_ids=policy.eos_token_ids)
 
 
-@torch.no_grad()
 def capture(policy: BenchPolicy, samples: Sequence[Sample], aux_layer_ids: Sequence[int]) -> list[DraftSample]:
-    """Hidden states and logits of each sample from one Transformers forward; layer k = its output, as in SGLang."""
-    embedding = policy.hf_model.get_input_embeddings()
-    head_VH = policy.hf_model.get_output_embeddings().weight.detach()
-    captured = []
-    for sample in samples:
-        ids_T = torch.tensor(sample.request.prompt_ids + sample.token_ids, device=policy.decoder.device)
-        out = policy.hf_model(ids_T[None], output_hidden_states=True, use_cache=False)
-        aux_TA = torch.cat([out.hidden_states[k + 1][0] for k in aux_layer_ids], dim=-1)
-        captured.append(
-            DraftSample(
-                prompt_id=sample.request.prompt_id,
-                sample_id=sample.request.sample_id,
-                token_ids=ids_T,
-                embeds=embedding(ids_T),
-                aux_hidden=aux_TA,
-                target_hidden=out.hidden_states[-1][0],  # Transformers' last entry is after the final norm
-                target_head=head_VH,
-                prompt_len=len(sample.request.prompt_ids),
-                temperature=sample.request.sampling.temperature,
-                seed=sample.request.sampling.seed,
-                policy_version=0,
-            )
-        )
-    return captured
+    """Hidden states of each sample, from one more pass of the engine's decoder over the text."""
+    return capture_samples(policy.decoder, samples, aux_layer_ids)
 
 
 def target_statistics(captured: Sequence[DraftSample]) -> dict[str, float]:
