@@ -112,14 +112,14 @@ def load_prompts(
     `skip_bad_rows` bad rows are left out and counted.
     """
     path = Path(path)
-    _check_template(config, tokenizer)
+    check_template(config, tokenizer)
     rows, num_skipped = [], 0
-    for number, line in _lines(path):
+    for number, line in read_lines(path):
         try:
             row = _row(line, config, tokenizer, max_prompt_len)
-            _check_ids(row.token_ids, vocab_size)
+            check_ids(row.token_ids, vocab_size)
             rows.append(row)
-        except _BadRow as bad:
+        except BadRow as bad:
             if not config.skip_bad_rows:
                 raise ConfigError(f"{path} line {number}: {bad}") from None
             num_skipped += 1
@@ -133,26 +133,27 @@ def one_prompt(
     text: str, config: DataConfig, tokenizer: Tokenizer, *, max_prompt_len: int, vocab_size: int | None = None
 ) -> Prompt:
     """A prompt given as text, as row 0 of a file would be, without a label. `ConfigError` when it does not fit."""
-    _check_template(config, tokenizer)
+    check_template(config, tokenizer)
     try:
-        text = _prompt_text(text, config, tokenizer)
-        token_ids = _tokenize(text, config, tokenizer, max_prompt_len)
-        _check_ids(token_ids, vocab_size)
+        text = prompt_text(text, config, tokenizer)
+        token_ids = tokenize_prompt(text, config, tokenizer, max_prompt_len)
+        check_ids(token_ids, vocab_size)
         return Prompt(0, 0, text, token_ids, "")
-    except _BadRow as bad:
+    except BadRow as bad:
         raise ConfigError(f"--prompt: {bad}") from None
 
 
-def _check_template(config: DataConfig, tokenizer: Tokenizer) -> None:
+def check_template(config: DataConfig, tokenizer: Tokenizer) -> None:
+    """ConfigError when the chat template is asked for and there is none."""
     if config.apply_chat_template and not tokenizer.chat_template:
         raise ConfigError("--apply-chat-template: the checkpoint's tokenizer has no chat template; leave the flag out")
 
 
-class _BadRow(ValueError):
+class BadRow(ValueError):
     """What is wrong with one row, without its place."""
 
 
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
+def read_lines(path: Path) -> Iterator[tuple[int, str]]:
     """Non-blank lines with their numbers, from 1."""
     try:
         with path.open(encoding="utf-8") as file:
@@ -165,34 +166,42 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
         raise ConfigError(f"prompt data {path}: not UTF-8 text ({error.reason})") from None
 
 
-def _row(line: str, config: DataConfig, tokenizer: Tokenizer, max_prompt_len: int) -> _Row:
+def parse_record(line: str) -> dict[str, Any]:
+    """A line's JSON object. Raises BadRow."""
     try:
         record = json.loads(line)
     except json.JSONDecodeError as error:
-        raise _BadRow(f"not JSON ({error.msg} at column {error.colno})") from None
+        raise BadRow(f"not JSON ({error.msg} at column {error.colno})") from None
     if not isinstance(record, dict):
-        raise _BadRow(f"expected a JSON object, got {type(record).__name__}")
-    text = _prompt_text(_get(record, config.input_key, "--input-key"), config, tokenizer)
+        raise BadRow(f"expected a JSON object, got {type(record).__name__}")
+    return record
+
+
+def _row(line: str, config: DataConfig, tokenizer: Tokenizer, max_prompt_len: int) -> _Row:
+    record = parse_record(line)
+    text = prompt_text(_get(record, config.input_key, "--input-key"), config, tokenizer)
     label = _get(record, config.label_key, "--label-key")
-    token_ids = _tokenize(text, config, tokenizer, max_prompt_len)
+    token_ids = tokenize_prompt(text, config, tokenizer, max_prompt_len)
     return _Row(text, token_ids, label if isinstance(label, str) else json.dumps(label))
 
 
-def _tokenize(text: str, config: DataConfig, tokenizer: Tokenizer, max_prompt_len: int) -> tuple[int, ...]:
+def tokenize_prompt(text: str, config: DataConfig, tokenizer: Tokenizer, max_prompt_len: int) -> tuple[int, ...]:
+    """Ids of a prompt's text, at least one. Raises BadRow, also when they are too many."""
     token_ids = tuple(tokenizer.encode(text, add_special_tokens=not config.apply_chat_template))
     if not token_ids:
-        raise _BadRow("the prompt is empty")
+        raise BadRow("the prompt is empty")
     if len(token_ids) > max_prompt_len:
-        raise _BadRow(
+        raise BadRow(
             f"the prompt has {len(token_ids)} tokens, at most {max_prompt_len} leave room for a response in the "
             "context; shorten it, raise rollout.context_length or set data.skip_bad_rows"
         )
     return token_ids
 
 
-def _check_ids(token_ids: tuple[int, ...], vocab_size: int | None) -> None:
+def check_ids(token_ids: tuple[int, ...], vocab_size: int | None) -> None:
+    """Raises BadRow for an id that the model has no row for."""
     if vocab_size is not None and max(token_ids) >= vocab_size:
-        raise _BadRow(
+        raise BadRow(
             f"the tokenizer gives token id {max(token_ids)}, but the model's vocabulary has {vocab_size} (vocab_size "
             "in config.json); tokenizer and weights do not belong together"
         )
@@ -200,28 +209,30 @@ def _check_ids(token_ids: tuple[int, ...], vocab_size: int | None) -> None:
 
 def _get(record: dict[str, Any], key: str, flag: str) -> Any:
     if key not in record:
-        raise _BadRow(f"key {key!r} is absent; present: {', '.join(map(repr, record))}; {flag} chooses another")
+        raise BadRow(f"key {key!r} is absent; present: {', '.join(map(repr, record))}; {flag} chooses another")
     return record[key]
 
 
-def _prompt_text(value: Any, config: DataConfig, tokenizer: Tokenizer) -> str:
+def prompt_text(value: Any, config: DataConfig, tokenizer: Tokenizer) -> str:
+    """A row's prompt as the model reads it. Raises BadRow."""
     if isinstance(value, str):
         if not config.apply_chat_template:
             return value
         messages = [{"role": "user", "content": value}]
-    elif _is_chat(value):
+    elif is_chat(value):
         if not config.apply_chat_template:
-            raise _BadRow(f"key {config.input_key!r} holds chat messages; give --apply-chat-template")
+            raise BadRow(f"key {config.input_key!r} holds chat messages; give --apply-chat-template")
         messages = value
     else:
-        raise _BadRow(f"key {config.input_key!r} must hold a string or a list of messages with role and content")
+        raise BadRow(f"key {config.input_key!r} must hold a string or a list of messages with role and content")
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     except TemplateError as error:
-        raise _BadRow(f"the chat template refuses the messages ({' '.join(str(error).split())})") from None
+        raise BadRow(f"the chat template refuses the messages ({' '.join(str(error).split())})") from None
 
 
-def _is_chat(value: Any) -> bool:
+def is_chat(value: Any) -> bool:
+    """Whether it is a list of messages, each with role and content."""
     return (
         isinstance(value, list)
         and bool(value)
