@@ -1,4 +1,4 @@
-"""`[rollout]`: the engine, its memory, its sampling and speculation; `[speculation]`: what stands beside the drafter."""
+"""`[rollout]`: the engine, its memory, sampling and speculation; `[speculation]`: what stands beside the drafter."""
 
 from __future__ import annotations
 

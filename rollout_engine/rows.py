@@ -64,8 +64,9 @@ class SpecCounts:
     histogram: list[int] = field(default_factory=list)
     proposed: list[int] = field(default_factory=list)
     accepted: list[int] = field(default_factory=list)
+    history: SpecCounts | None = None  # of the steps whose drafts came from history
 
-    def add_step(self, num_drafts: int, num_accepted: int, num_kept: int) -> None:
+    def add_step(self, num_drafts: int, num_accepted: int, num_kept: int, *, from_history: bool = False) -> None:
         """Of `num_drafts` proposals `num_accepted` stood, and `num_kept` tokens remained where a response ends.
 
         Accepted drafts behind the end do not count; proposals do. Where the end is an accepted draft, no bonus token
@@ -84,6 +85,10 @@ class SpecCounts:
         for position in range(num_drafts):
             self.proposed[position] += 1
             self.accepted[position] += position < num_accepted
+        if from_history:
+            if self.history is None:
+                self.history = SpecCounts()
+            self.history.add_step(num_drafts, num_accepted, num_kept)
 
     def stats(self) -> SpecStats:
         return SpecStats(
@@ -92,4 +97,5 @@ class SpecCounts:
             tuple(self.histogram),
             tuple(self.proposed),
             tuple(self.accepted),
+            None if self.history is None else self.history.stats(),
         )

@@ -59,7 +59,8 @@ class SpecStats:
     """Sums over decode forwards, so that means are token-weighted. The token sampled from the prefill is not in it.
 
     `accepted_histogram[n]` counts verify steps with n accepted drafts; a forward without a proposal is in
-    `num_decode_steps` only. Position j of the tuples is the j-th draft token of a verify step.
+    `num_decode_steps` only. Position j of the tuples is the j-th draft token of a verify step. Steps whose drafts came
+    from history are in all of these, and once more in `history`; a step's drafts are all of one source.
     """
 
     num_decode_steps: int = 0  # target forwards after the prefill, with or without a proposal
@@ -67,6 +68,23 @@ class SpecStats:
     accepted_histogram: tuple[int, ...] = ()
     proposed_by_position: tuple[int, ...] = ()
     accepted_by_position: tuple[int, ...] = ()
+    history: SpecStats | None = None  # the part that history drafts have in the sums; None when they had none
+
+    @property
+    def by_draft_model(self) -> SpecStats:
+        """Without the steps whose drafts came from history: what says something about the draft model."""
+        part = self.history
+        if part is None:
+            return self
+        proposed = _minus(self.proposed_by_position, part.proposed_by_position)
+        depth = sum(count > 0 for count in proposed)  # a step that proposes position j proposes those before it
+        return SpecStats(
+            self.num_decode_steps - part.num_decode_steps,
+            self.num_verify_steps - part.num_verify_steps,
+            _minus(self.accepted_histogram, part.accepted_histogram)[: depth + 1 if depth else 0],
+            proposed[:depth],
+            _minus(self.accepted_by_position, part.accepted_by_position)[:depth],
+        )
 
     @property
     def num_proposed(self) -> int:
@@ -104,7 +122,12 @@ class SpecStats:
             _add(self.accepted_histogram, other.accepted_histogram),
             _add(self.proposed_by_position, other.proposed_by_position),
             _add(self.accepted_by_position, other.accepted_by_position),
+            other.history if self.history is None else self.history + (other.history or SpecStats()),
         )
+
+
+def _minus(whole: tuple[int, ...], part: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(x - y for x, y in zip(whole, part + (0,) * (len(whole) - len(part)), strict=True))
 
 
 def _add(a: tuple[int, ...], b: tuple[int, ...]) -> tuple[int, ...]:

@@ -22,6 +22,7 @@ from rollout_engine.types import (
     FinishReason,
     RolloutRequest,
     SamplingParams,
+    SpecStats,
 )
 from sync.checksum import checksum
 from sync.receiver import Bundle, WeightReceiver
@@ -72,6 +73,22 @@ def test_counts_leave_out_what_lies_behind_the_end() -> None:
     assert stats.accepted_histogram == (1, 0, 1, 1)
     assert stats.proposed_by_position == (3, 3, 2)
     assert stats.accepted_by_position == (2, 2, 1)
+
+
+def test_counts_tell_history_from_the_draft_model() -> None:
+    parts, whole = [], SpecCounts()
+    for steps in ([(3, 1, 2, True), (0, 0, 1, False), (2, 2, 3, False)], [(2, 0, 1, False)], [(5, 5, 6, True)]):
+        counts = SpecCounts()
+        for drafts, accepted, kept, from_history in steps:
+            for each in (counts, whole):
+                each.add_step(drafts, accepted, kept, from_history=from_history)
+        parts.append(counts.stats())
+    total = sum(parts, SpecStats())
+    assert total == whole.stats() and (total.num_decode_steps, total.num_verify_steps, total.num_accepted) == (5, 4, 8)
+    assert total.history == SpecStats(2, 2, (0, 1, 0, 0, 0, 1), (2, 2, 2, 1, 1), (2, 1, 1, 1, 1))
+    assert total.by_draft_model == SpecStats(3, 2, (1, 0, 1), (2, 2), (1, 1))
+    assert parts[1].history is None and parts[1].by_draft_model is parts[1]
+    assert parts[2].by_draft_model == SpecStats()
 
 
 def test_stop_strings_and_ids_across_speculative_steps(pair: Pair) -> None:
