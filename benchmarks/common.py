@@ -165,7 +165,9 @@ def console(width: int = 120) -> Console:
 
 def add_policy_options(parser: argparse.ArgumentParser) -> None:
     """Which policy is measured, on which prompts, in which dtype and where."""
-    parser.add_argument("--policy", type=Path, required=True, help="Hugging Face folder of the policy")
+    parser.add_argument(
+        "--policy", "--target", dest="policy", type=Path, required=True, help="Hugging Face folder of the policy"
+    )
     parser.add_argument("--prompts", type=Path, help="JSONL file; default: train.jsonl of the policy's folder")
     parser.add_argument("--input-key", default="prompt")
     parser.add_argument("--label-key", default="label")
@@ -190,6 +192,10 @@ def run(main: Callable[[], None]) -> None:
 def integers(text: str) -> tuple[int, ...]:
     """`1,8,32` as numbers, for argparse."""
     return tuple(int(part) for part in text.split(","))
+
+
+def numbers(text: str) -> tuple[float, ...]:
+    return tuple(float(part) for part in text.split(","))
 
 
 def words(text: str) -> tuple[str, ...]:

@@ -15,7 +15,6 @@ import pytest
 
 from benchmarks import (
     common,
-    draft,
     gpu_session,
     rollout,
     rollout_anchor,
@@ -342,19 +341,6 @@ def test_sync_measures_the_same_bytes(policy_dir: Path, tmp_path: Path):
     rows = result_lines(results)
     assert [row["arm"] for row in rows] == ["plain copy", "in process", "disk"]
     assert len({row["num_bytes"] for row in rows}) == 1 and rows[0]["over_copy"] == 1.0
-
-
-def test_draft_scores_every_rule(policy_dir: Path, tmp_path: Path):
-    results = tmp_path / "draft.jsonl"
-    draft.main(["--policy", str(policy_dir), "--results", str(results), "--samples", "16", "--max-new-tokens", "24"])
-    rows = result_lines(results)
-    assert [row["rule"] for row in rows] == ["target_only", "rejection", "coupled"]
-    for row in rows:
-        assert 1.0 <= row["accept_length"] <= 4.0 and row["draft"] == "random"
-    # Coupled acceptance is at least (1 - TV) / (1 + TV), TV = 1 - rejection's: it fails when the text was sampled with
-    # other noise than the rule's. 0.8: room for the noise of a few tokens.
-    target_only, rejection, coupled = (row["accept_rate_by_position"][0] for row in rows)
-    assert target_only < coupled < 1 and coupled > 0.8 * rejection / (2 - rejection)
 
 
 def test_step_takes_medians_after_the_warm_up():
