@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -52,6 +53,7 @@ class Row:
             policy_versions=tuple(VersionSpan(start, end, version) for (start, version), end in spans if start < end),
             finish_reason=reason,
             spec=self.counts.stats(),
+            trace=self.counts.trace.tobytes(),
         )
 
 
@@ -65,6 +67,7 @@ class SpecCounts:
     proposed: list[int] = field(default_factory=list)
     accepted: list[int] = field(default_factory=list)
     history: SpecCounts | None = None  # of the steps whose drafts came from history
+    trace: array[int] = field(default_factory=lambda: array("h"))  # see `Sample.trace`
 
     def add_step(self, num_drafts: int, num_accepted: int, num_kept: int, *, from_history: bool = False) -> None:
         """Of `num_drafts` proposals `num_accepted` stood, and `num_kept` tokens remained where a response ends.
@@ -73,9 +76,10 @@ class SpecCounts:
         follows it, but `SpecStats.accept_length` adds one for every verify step.
         """
         self.num_decode_steps += 1
+        num_accepted = min(num_accepted, num_kept)
+        self.trace.extend((0 if from_history else num_drafts, num_accepted, num_kept))
         if num_drafts == 0:
             return
-        num_accepted = min(num_accepted, num_kept)
         self.num_verify_steps += 1
         while len(self.proposed) < num_drafts:
             self.proposed.append(0)

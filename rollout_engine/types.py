@@ -158,6 +158,7 @@ class Sample:
     policy_versions: tuple[VersionSpan, ...]
     finish_reason: FinishReason
     spec: SpecStats = field(default_factory=SpecStats)
+    trace: bytes = b""  # int16 [decode steps, 3]: proposals of the draft model, drafts accepted, tokens kept; or untold
     reward: float | None = None
     advantage: float | None = None
 

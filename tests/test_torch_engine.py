@@ -370,3 +370,12 @@ def test_all_logprobs_are_finite(pair: Pair) -> None:
     samples = run_engine(make_engine(*pair), make_requests(top_k=3, top_p=0.5, temperature=0.3))
     assert all(math.isfinite(lp) and lp <= 0 for s in samples.values() for lp in s.logprobs)
     assert torch.isfinite(pair[0].embed).all()
+
+
+def test_a_trace_tells_what_each_decode_step_did() -> None:
+    counts = SpecCounts()
+    counts.add_step(0, 0, 1)
+    counts.add_step(3, 3, 2)  # the end is the second accepted draft
+    counts.add_step(2, 1, 2, from_history=True)
+    steps = torch.frombuffer(bytearray(counts.trace.tobytes()), dtype=torch.int16).reshape(-1, 3)
+    assert steps.tolist() == [[0, 0, 1], [3, 2, 2], [0, 1, 2]]  # of the draft model nothing in the last one
