@@ -33,7 +33,13 @@ from draft_models.types import DraftSample, VerifyRule
 from rollout_engine.types import Sample
 from trainer.draft_learner import DraftLearner, DraftSettings, plan_updates, product_dtype
 
-_PHASES = {"forward_and_loss": "_loss", "forecast": "_forecasts", "backward_and_optimizer": "_step"}
+_PHASES = {
+    "forward_and_loss": "_loss",
+    "forecast": "_forecasts",
+    "backward": "_backward",
+    "reduce_and_clip": "_reduce_and_clip",
+    "optimizer": "_take_step",
+}
 # Reads and writes of one float32 logit of the draft in a training step: cast 6, log_softmax 12, KL 16, argmax 4,
 # exp 8, overlap 16, gradient 12, weight 8, cast 6, two products' reads 4; the rejection rule's posterior 24.
 _BYTES_PER_LOGIT = 116

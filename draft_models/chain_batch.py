@@ -106,6 +106,19 @@ def make_batch(samples: Sequence[DraftSample], *, window: int = 0) -> DraftBatch
     )
 
 
+def split_by_tokens(samples: Sequence[DraftSample], most: int) -> list[list[DraftSample]]:
+    """Samples in order of length (stable), cut into runs of at most `most` tokens but of at least one; 0 = one run."""
+    runs: list[list[DraftSample]] = []
+    tokens = 0
+    for sample in sorted(samples, key=lambda s: len(s.token_ids)):
+        tokens += len(sample.token_ids)
+        if not runs or (most and tokens > most):
+            runs.append([])
+            tokens = len(sample.token_ids)
+        runs[-1].append(sample)
+    return runs
+
+
 def _spans(num_keys: Sequence[int], num_chains: Sequence[int]) -> tuple[SampleSpan, ...]:
     """Cut ascending lengths where a sample is too long to be padded with the first of its span."""
     key_ends, chain_ends = [0, *accumulate(num_keys)], [0, *accumulate(num_chains)]

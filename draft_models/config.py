@@ -20,6 +20,7 @@ class DraftConfig:
     draft_vocab_size: int = 0  # 0 = the target's whole vocabulary (needed for the rejection rule in SGLang)
     intermediate_size: int = 0  # 0 = the target's
     compute_dtype: str = "float32"  # of the training's matrix products; bfloat16 on a GPU. Weights stay float32
+    loss: str = "auto"  # what suits rollout.verify_rule; or forward_kl, reverse_kl, tv, lk, cross_entropy, hard_label
     unroll: int = 3  # training-time-test steps (EAGLE-3)
     step_decay: float = 0.8  # weight of unroll step j is step_decay ** j
     lr: float = 1e-3
@@ -29,6 +30,8 @@ class DraftConfig:
     clip_grad: float = 0.5
     updates_per_step: int = 1  # optimizer steps per rollout, each on its own part of the captured samples
     max_tokens_per_update: int = 4096  # tokens of one optimizer step; the rest of the samples is left out
+    max_tokens_per_forward: int = 0  # of that; the gradients of several forwards add up. 0 = one forward
+    ema: float = 0.0  # share of the old average kept at each update; the average is what serves. 0 = no average
     capture_max_bytes: int = 2 << 30  # captured states kept at once; above it samples are dropped, and counted
 
     @property

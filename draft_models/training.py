@@ -19,14 +19,14 @@ import torch
 from torch import Tensor
 
 from draft_models.chain_attention import ChainAttention
-from draft_models.chain_batch import DraftBatch, make_batch
+from draft_models.chain_batch import DraftBatch, make_batch, split_by_tokens
 from draft_models.eagle3 import Eagle3
 from draft_models.head_loss import HeadTask, head_loss
 from draft_models.layers import FAST, MixedNumerics, Numerics
 from draft_models.losses import LossKind
 from draft_models.types import VerifyRule
 
-__all__ = ["DraftBatch", "DraftLoss", "accept_posteriors", "draft_loss", "make_batch", "unroll"]
+__all__ = ["DraftBatch", "DraftLoss", "accept_posteriors", "draft_loss", "make_batch", "split_by_tokens", "unroll"]
 
 
 def unroll(draft: Eagle3, batch: DraftBatch, depth: int, numerics: Numerics = FAST) -> Iterator[Tensor]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from draft_models.config import DraftConfig
+from draft_models.losses import LossKind
 from rollout_engine.config import RolloutConfig, SpeculationConfig
 from rollout_engine.sglang_checks import check_draft_vocabulary, check_sglang, check_sync_folder, check_torch
 from rollout_engine.types import EngineConfigError
@@ -23,6 +24,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "rollout.controller": ("adaptive", "fixed"),
     "policy.dtype": ("float32", "bfloat16"),
     "draft.compute_dtype": ("float32", "bfloat16"),
+    "draft.loss": ("auto", *LossKind),
     "draft.train_when": ("always", "never", "pays"),
     "policy.lr_decay_style": ("constant", "linear", "cosine", "inverse-square-root"),
     "algorithm.advantage_estimator": ("grpo",),
@@ -68,12 +70,13 @@ _AT_LEAST_ZERO = (
     "draft.weight_decay",
     "draft.clip_grad",
     "draft.draft_vocab_size",
+    "draft.max_tokens_per_forward",
     "draft.intermediate_size",
     "data.num_eval_prompts",
     "speculation.history_num_steps",
 )
 
-_BELOW_ONE = ("policy.adam_beta1", "policy.adam_beta2", "draft.adam_beta1", "draft.adam_beta2")
+_BELOW_ONE = ("policy.adam_beta1", "policy.adam_beta2", "draft.adam_beta1", "draft.adam_beta2", "draft.ema")
 
 _TRAINING = ("policy.", "algorithm.", "draft.")
 _OF_THE_ENGINE = ("rollout.", "external_engine_addrs")
@@ -110,6 +113,12 @@ def validate(config: RunConfig, *, world_size: int = 1) -> list[str]:
     if config.rollout.engine == "sglang":
         _check_sglang_run(config)
     return [*warnings, *_training_warnings(config)]
+
+
+def check_draft_training(config: RunConfig) -> None:
+    """What `validate` says about the values of `[draft]`: `slipstream finetune-draft` trains nothing else."""
+    _check_choices(config, {key: known for key, known in _CHOICES.items() if key.startswith("draft.")})
+    _check_ranges(config)
 
 
 def check_rollout(rollout: RolloutConfig, deterministic: bool = False) -> list[str]:

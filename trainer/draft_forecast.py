@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,20 +32,24 @@ class DraftForecast:
         self._settings, self._product_dtype, self._group = settings, product_dtype, group
 
     def metrics(
-        self, name: str, draft: Eagle3, batch: DraftBatch | None, posteriors_QK: torch.Tensor | None = None
+        self,
+        name: str,
+        draft: Eagle3,
+        batches: Sequence[DraftBatch],
+        posteriors: Sequence[torch.Tensor] | None = None,
     ) -> dict[str, Any]:
         """`<name>_accept_length` and `<name>_accept_rate_by_position`, the same on every rank. Collective.
 
-        `posteriors_QK`, where a forward of `draft` gave them already, spares one. Without any chain on any rank: {}.
+        `posteriors` ([Q, K] of each batch), where forwards of `draft` gave them already, spare one. Without any chain
+        on any rank: {}.
         """
         depth = self._settings.depth
         sums = torch.zeros(3 * depth + 1, dtype=torch.float64)
-        if batch is not None:
-            if posteriors_QK is None:
-                posteriors_QK = self.posteriors(draft, batch)
+        for number, batch in enumerate(batches):
+            posteriors_QK = self.posteriors(draft, batch) if posteriors is None else posteriors[number]
             expected = forecast_acceptance(posteriors_QK, batch.num_chains, depth)
             counts = (*expected.histogram, *expected.proposed_by_position, *expected.accepted_by_position)
-            sums = torch.tensor(counts, dtype=torch.float64)
+            sums += torch.tensor(counts, dtype=torch.float64)
         sums = sums.to(next(draft.parameters()).device)
         all_reduce(sums, self._group)
         histogram, proposed, accepted = (part.tolist() for part in sums.split([depth + 1, depth, depth]))

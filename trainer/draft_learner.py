@@ -16,8 +16,9 @@ import torch.distributed as dist
 
 from draft_models.config import DraftConfig
 from draft_models.eagle3 import Eagle3
+from draft_models.losses import resolve_loss
 from draft_models.randomness import request_seed
-from draft_models.training import DraftBatch, DraftLoss, draft_loss, make_batch
+from draft_models.training import DraftBatch, DraftLoss, draft_loss, make_batch, split_by_tokens
 from draft_models.types import DraftSample
 from rollout_engine.types import Sample
 from trainer.config import ConfigError
@@ -68,7 +69,10 @@ class DraftLearner:
         self._product_dtype = product_dtype(config.compute_dtype)
         self._group = group
         self._forecast = DraftForecast(settings, self._product_dtype, group)
+        self._loss_kind = resolve_loss(config.loss, settings.rule)
+        self._device = next(draft.parameters()).device
         self._frozen: Eagle3 | None = None
+        self._average = copy.deepcopy(draft).requires_grad_(False) if config.ema else None
         self._optimizer = torch.optim.AdamW(
             draft.parameters(),
             lr=config.lr,
@@ -77,9 +81,14 @@ class DraftLearner:
             fused=all(p.is_cuda for p in draft.parameters()),  # one kernel a step instead of a few for each tensor
         )
 
+    @property
+    def served(self) -> Eagle3:
+        """What is published, exported and forecast with: the draft, or with `draft.ema` the average of its past."""
+        return self.draft if self._average is None else self._average
+
     def freeze_copy(self) -> None:
-        """Keep the draft as it is now, to be scored beside the trained one from the next update on."""
-        self._frozen = copy.deepcopy(self.draft).requires_grad_(False)
+        """Keep the draft as it serves now, to be scored beside the trained one from the next update on."""
+        self._frozen = copy.deepcopy(self.served).requires_grad_(False)
 
     def update(self, captured: Sequence[DraftSample], plan: Sequence[frozenset[Key]]) -> dict[str, Any]:
         """One optimizer step for each part of `plan`; returns metrics, the same on every rank of the group.
@@ -87,32 +96,42 @@ class DraftLearner:
         `captured` is this rank's share. The forecast is made on the first part, with the weights that served it.
         Raises DraftUpdateError on every rank when loss or gradient is not finite.
         """
-        metrics: dict[str, Any] = {}
-        losses = []
+        metrics: dict[str, Any] = {"draft_loss_kind": str(self._loss_kind)} if plan else {}
+        steps = []
+        # The forecast rides on the training forward when that runs the served weights as deep as the engine drafts.
+        rides = self._average is None and self.config.unroll >= self.settings.depth
         for number, part in enumerate(plan):
-            batch = make_batch([s for s in captured if (s.prompt_id, s.sample_id) in part])
-            loss = self._loss(batch, forecast=number == 0)
-            if number == 0:
-                metrics |= self._forecasts(batch, loss)
-            losses.append(self._step(loss))
-        return metrics | _mean_metrics(losses)
+            batches = self._batches(captured, part)
+            if number == 0 and not rides:
+                metrics |= self._forecasts(batches, None)
+            sums, posteriors = self._backward(batches, posteriors=rides and number == 0)
+            if number == 0 and rides:
+                metrics |= self._forecasts(batches, posteriors)
+            steps.append(self._step(sums, batches))
+        return metrics | _mean_metrics(steps)
 
     def score(self, captured: Sequence[DraftSample], plan: Sequence[frozenset[Key]]) -> dict[str, Any]:
         """The forecast alone, for a draft that is not trained."""
-        batch = make_batch([s for s in captured if (s.prompt_id, s.sample_id) in plan[0]]) if plan else None
-        return self._forecast.metrics("predicted", self.draft, batch)
+        return self._forecast.metrics("predicted", self.served, self._batches(captured, plan[0]) if plan else [])
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """What a sync sends: the draft's tensors under their checkpoint names."""
-        return self.draft.named_tensors()
+        """What a sync sends: the served draft's tensors under their checkpoint names."""
+        return self.served.named_tensors()
 
     def state_dict(self) -> dict[str, Any]:
-        frozen = None if self._frozen is None else self._frozen.state_dict()
-        return {"draft": self.draft.state_dict(), "optimizer": self._optimizer.state_dict(), "frozen": frozen}
+        frozen, average = (None if copied is None else copied.state_dict() for copied in (self._frozen, self._average))
+        return {
+            "draft": self.draft.state_dict(),
+            "optimizer": self._optimizer.state_dict(),
+            "frozen": frozen,
+            "average": average,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.draft.load_state_dict(state["draft"])
         self._optimizer.load_state_dict(state["optimizer"])
+        if self._average is not None:
+            self._average.load_state_dict(state["average"])
         if state["frozen"] is not None:
             self.freeze_copy()
             assert self._frozen is not None
@@ -120,47 +139,83 @@ class DraftLearner:
 
     # ---- one optimizer step ----
 
-    def _loss(self, batch: DraftBatch | None, *, forecast: bool) -> DraftLoss | None:
-        if batch is None:
-            return None
-        # The forecast rides on the training forward when the unroll is as deep as the engine drafts.
-        rule = self.settings.rule if forecast and self.config.unroll >= self.settings.depth else None
+    def _batches(self, captured: Sequence[DraftSample], part: frozenset[Key]) -> list[DraftBatch]:
+        """This rank's samples of a part, in as many batches as `max_tokens_per_forward` asks for."""
+        mine = [s for s in captured if (s.prompt_id, s.sample_id) in part]
+        batches = map(make_batch, split_by_tokens(mine, self.config.max_tokens_per_forward))
+        return [batch for batch in batches if batch is not None]
+
+    def _backward(self, batches: Sequence[DraftBatch], *, posteriors: bool) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Gradient of the mean over the group's chains, as far as it comes from this rank: one forward a batch.
+
+        Returns sums over the group, and the forecast's posteriors of each batch when they are asked for.
+        """
+        count = self._global_count(batches)
+        self._optimizer.zero_grad(set_to_none=False)
+        sums = torch.zeros(1 + self.config.unroll, 5, dtype=torch.float64, device=self._device)
+        found = []
+        for batch in batches:
+            loss = self._loss(batch, posteriors=posteriors)
+            (loss.loss_sum / count).backward()
+            sums += self._sums(loss)
+            if loss.posterior_QK is not None:
+                found.append(loss.posterior_QK)
+        all_reduce(sums, self._group)
+        return sums, found
+
+    def _loss(self, batch: DraftBatch, *, posteriors: bool) -> DraftLoss:
         return draft_loss(
-            self.draft, batch, self.config.unroll, self.config.step_decay, rule, product_dtype=self._product_dtype
+            self.draft,
+            batch,
+            self.config.unroll,
+            self.config.step_decay,
+            self.settings.rule,
+            loss=self._loss_kind,
+            posteriors=posteriors,
+            product_dtype=self._product_dtype,
         )
 
-    def _step(self, loss: DraftLoss | None) -> dict[str, float]:
-        """Gradient of the mean over the group's chains, clip, step. A rank without samples adds zero."""
-        sums = self._sums(loss)
-        loss_sum, count, *_ = sums[0].tolist()
+    def _global_count(self, batches: Sequence[DraftBatch]) -> int:
+        """Chains of the whole group."""
+        count = torch.tensor(sum(sum(batch.num_chains) for batch in batches), device=self._device)
+        all_reduce(count, self._group)
+        return int(count)
+
+    def _sums(self, loss: DraftLoss) -> torch.Tensor:
+        """Float64 [1 + unroll, 5]: (loss, chains, 0, 0, 0), then (chains, KL, overlap, top1, acceptance) by step."""
+        assert loss.accept_K is not None
+        counts = torch.tensor([loss.token_count, *loss.counts], dtype=torch.float64)
+        counts = counts.to(self._device, non_blocking=True)
+        sums = torch.zeros(1 + self.config.unroll, 5, dtype=torch.float64, device=self._device)
+        sums[0, 0], sums[0, 1], sums[1:, 0] = loss.loss_sum.detach(), counts[0], counts[1:]
+        sums[1:, 1:] = torch.stack((loss.kl_K, loss.overlap_K, loss.top1_K, loss.accept_K), dim=1)
+        return sums
+
+    def _step(self, sums: torch.Tensor, batches: Sequence[DraftBatch]) -> dict[str, float]:
+        """Reduce over the group, clip, step. A rank without samples adds zero; without any on any rank: {}."""
+        grad_norm = self._reduce_and_clip()
+        (loss_sum, count, *_), *by_step = sums.tolist()
         if count == 0:
             return {}
-        self._optimizer.zero_grad(set_to_none=False)
-        if loss is not None:
-            (loss.loss_sum / count).backward()
-        grad_norm = self._reduce_and_clip()
         if not (math.isfinite(loss_sum) and math.isfinite(grad_norm)):
             raise DraftUpdateError(
                 f"draft update refused: loss {loss_sum / count}, gradient norm {grad_norm}; draft and optimizer are as "
-                "before; lower draft.lr or draft.clip_grad, or look at the captured samples"
+                f"before; {why_not_finite(self.draft, batches)}"
             )
-        self._optimizer.step()
+        self._take_step()
         result = {"loss": loss_sum / count, "grad_norm": grad_norm, "tokens": count}
-        for j, (chains, kl, overlap, top1) in enumerate(sums[1:].tolist()):
+        for j, (chains, *totals) in enumerate(by_step):
             if chains > 0:
-                result |= {f"kl_{j}": kl / chains, f"overlap_{j}": overlap / chains, f"top1_{j}": top1 / chains}
+                names = ("kl", "overlap", "top1", "accept")
+                result |= {f"{name}_{j}": total / chains for name, total in zip(names, totals, strict=True)}
         return result
 
-    def _sums(self, loss: DraftLoss | None) -> torch.Tensor:
-        """Over the group, float64 [1 + unroll, 4], on the CPU: (loss, chains), then (chains, KL, overlap, top1)."""
-        device = next(self.draft.parameters()).device
-        sums = torch.zeros(1 + self.config.unroll, 4, dtype=torch.float64, device=device)
-        if loss is not None:
-            counts = torch.tensor([loss.token_count, *loss.counts], dtype=torch.float64).to(device, non_blocking=True)
-            sums[0, 0], sums[0, 1], sums[1:, 0] = loss.loss_sum.detach(), counts[0], counts[1:]
-            sums[1:, 1:] = torch.stack((loss.kl_K, loss.overlap_K, loss.top1_K), dim=1)
-        all_reduce(sums, self._group)
-        return sums.cpu()
+    def _take_step(self) -> None:
+        self._optimizer.step()
+        if self._average is not None:
+            mine, theirs = list(self._average.parameters()), list(self.draft.parameters())
+            with torch.no_grad():
+                torch._foreach_lerp_(mine, theirs, 1 - self.config.ema)
 
     def _reduce_and_clip(self) -> float:
         gradients = []
@@ -176,12 +231,30 @@ class DraftLearner:
         largest = self.config.clip_grad or math.inf  # 0 = no clipping, as for the policy
         return float(torch.nn.utils.clip_grad_norm_(self.draft.parameters(), largest))
 
-    def _forecasts(self, batch: DraftBatch | None, loss: DraftLoss | None) -> dict[str, Any]:
-        posteriors_QK = None if loss is None else loss.posterior_QK
-        metrics = self._forecast.metrics("predicted", self.draft, batch, posteriors_QK)
+    def _forecasts(self, batches: Sequence[DraftBatch], posteriors: Sequence[torch.Tensor] | None) -> dict[str, Any]:
+        metrics = self._forecast.metrics("predicted", self.served, batches, posteriors)
         if self._frozen is not None:
-            metrics |= self._forecast.metrics("frozen", self._frozen, batch)
+            metrics |= self._forecast.metrics("frozen", self._frozen, batches)
         return metrics
+
+
+def why_not_finite(draft: Eagle3, batches: Sequence[DraftBatch]) -> str:
+    """What to look at when loss or gradient is not finite: the first of the draft's tensors, or of the captured ones,
+    that is not finite itself, else the step's size."""
+    for name, weight in draft.named_parameters():
+        if not bool(weight.isfinite().all()):
+            return f"the draft's own {name} is not finite: start from a whole checkpoint"
+    for batch in batches:
+        captured = {
+            "embeddings": batch.key_embeds_SH,
+            "hidden states of the captured layers": batch.key_aux_SA,
+            "final hidden states": batch.target_hidden_QW,
+            "output layer": batch.target_head_VW,
+        }
+        for name, tensor in captured.items():
+            if not bool(tensor.isfinite().all()):
+                return f"the policy's {name} are not finite: look at logp_diff_max and at the policy's own loss"
+    return "weights and captured states are finite: lower draft.lr or draft.clip_grad"
 
 
 def _mean_metrics(steps: Sequence[dict[str, float]]) -> dict[str, Any]:
@@ -203,4 +276,5 @@ def _mean_metrics(steps: Sequence[dict[str, float]]) -> dict[str, Any]:
         "draft_kl_by_step": [mean(f"kl_{j}") for j in range(depth)],
         "draft_overlap_by_step": [mean(f"overlap_{j}") for j in range(depth)],
         "draft_top1_by_step": [mean(f"top1_{j}") for j in range(depth)],
+        "draft_accept_by_step": [mean(f"accept_{j}") for j in range(depth)],
     }

@@ -179,7 +179,7 @@ class Run:
 
     def _save_draft(self) -> None:
         with whole_folder(self.directory.draft) as folder:
-            save_draft(self.learner.draft, folder)
+            save_draft(self.learner.served, folder)
 
 
 def check_folder(config: RunConfig) -> RunDir:
