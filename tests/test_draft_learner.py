@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from draft_models.config import DraftConfig
+from draft_models.eagle3 import Eagle3
+from draft_models.training import split_by_tokens
 from draft_models.types import DraftSample, VerifyRule
 from tests.draft_helpers import random_sample, small_draft
 from tests.policy_helpers import rollout, run_ranks
@@ -69,16 +71,119 @@ def test_clip_grad_zero_is_no_clipping() -> None:
     assert float(left[1]) == pytest.approx(1e-3, rel=1e-2)
 
 
-def test_an_update_that_is_not_finite_changes_nothing() -> None:
-    learner, bad = make_learner(), captured()
+@pytest.mark.parametrize("changes", [{}, {"ema": 0.5}, {"max_tokens_per_forward": 20}], ids=["plain", "ema", "parts"])
+def test_an_update_that_is_not_finite_changes_nothing(changes: dict[str, Any]) -> None:
+    learner, bad = make_learner(**changes), captured()
     learner.update(captured(), everything(bad))
     before = copied(learner.state_dict())
     bad[0].aux_hidden[0, 0] = float("nan")
-    with pytest.raises(DraftUpdateError, match="refused"):
+    with pytest.raises(DraftUpdateError, match=r"refused.*hidden states of the captured layers are not finite"):
         learner.update(bad, everything(bad))
     assert same(before, learner.state_dict())
     learner.update(captured(), everything(bad))
     assert not same(before, learner.state_dict())
+
+
+def test_a_refused_update_names_what_is_not_finite() -> None:
+    learner = make_learner()
+    with torch.no_grad():
+        learner.draft.norm.weight[0] = float("inf")
+    with pytest.raises(DraftUpdateError, match=r"the draft's own norm\.weight is not finite"):
+        learner.update(captured(), everything(captured()))
+    learner = make_learner()
+    with torch.no_grad():
+        learner.draft.lm_head.weight.mul_(3e38)
+    with pytest.raises(DraftUpdateError, match=r"loss nan.*lower draft.lr"):
+        learner.update(captured(), everything(captured()))
+
+
+@pytest.mark.parametrize("most", [1, 20, 40])
+def test_gradients_of_several_forwards_are_those_of_one(most: int) -> None:
+    """In float64: weights after two steps, and every metric, the forecast's included."""
+    found = []
+    for limit in (0, most):
+        samples = [random_sample(8 + 2 * seed, 3, seed, dtype=torch.float64) for seed in range(5)]
+        config = DraftConfig(max_tokens_per_forward=limit, updates_per_step=2)
+        learner = DraftLearner(small_draft(dtype=torch.float64), config, DraftSettings(VerifyRule.REJECTION, 3))
+        plan = [frozenset({(0, 0), (0, 2), (0, 4)}), frozenset({(0, 1), (0, 3)})]
+        metrics = learner.update(samples, plan)
+        found.append((metrics, [weight.detach() for weight in learner.draft.parameters()]))
+    (one, weights), (several, same_weights) = found
+    assert one.keys() == several.keys() and "predicted_accept_length" in one
+    for key in one.keys() - {"draft_loss_kind"}:
+        assert several[key] == pytest.approx(one[key], rel=1e-9), key
+    for a, b in zip(weights, same_weights, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-12, rtol=1e-9)
+
+
+def test_forwards_stay_within_their_tokens() -> None:
+    samples = [random_sample(length, 2, length) for length in (9, 4, 30, 6, 12)]
+    runs = [[len(s.token_ids) for s in run] for run in split_by_tokens(samples, 20)]
+    assert runs == [[4, 6, 9], [12], [30]]
+    assert [[len(s.token_ids) for s in run] for run in split_by_tokens(samples, 0)] == [[4, 6, 9, 12, 30]]
+    assert split_by_tokens([], 20) == []
+
+
+@pytest.mark.parametrize(
+    ("rule", "kind", "figure"),
+    [
+        (VerifyRule.REJECTION, "lk", "draft_overlap_by_step"),
+        (VerifyRule.TARGET_ONLY, "cross_entropy", "draft_top1_by_step"),
+    ],
+)
+def test_the_loss_follows_the_rule_and_stands_beside_its_acceptance(rule: VerifyRule, kind: str, figure: str) -> None:
+    learner = DraftLearner(small_draft(), DraftConfig(), DraftSettings(rule, 3))
+    metrics = learner.update(captured(), everything(captured()))
+    assert metrics["draft_loss_kind"] == kind
+    assert metrics["draft_accept_by_step"] == metrics[figure] and len(metrics[figure]) == 3
+    named = DraftLearner(small_draft(), DraftConfig(loss=kind), DraftSettings(VerifyRule.COUPLED, 3))
+    other = named.update(captured(), everything(captured()))
+    assert other["draft_loss"] == metrics["draft_loss"]
+    assert all(a < b for a, b in zip(other["draft_accept_by_step"], other["draft_overlap_by_step"], strict=True))
+
+
+# ---- the averaged copy
+
+
+def bits(draft: Eagle3) -> list[torch.Tensor]:
+    return [tensor.clone() for tensor in draft.named_tensors().values()]
+
+
+def test_the_average_is_what_serves_and_the_draft_is_trained_as_without_it() -> None:
+    plain, averaged = make_learner(), make_learner(ema=0.75)
+    expected = [weight.detach().clone() for weight in plain.draft.parameters()]
+    for _ in range(3):
+        for learner in (plain, averaged):
+            learner.update(captured(), everything(captured()))
+        expected = [a.lerp(b, 0.25) for a, b in zip(expected, plain.draft.parameters(), strict=True)]
+    assert all(map(torch.equal, bits(plain.draft), bits(averaged.draft)))
+    assert all(map(torch.equal, expected, averaged.served.parameters()))
+    assert all(map(torch.equal, bits(averaged.served), averaged.tensors().values()))
+    assert not any(map(torch.equal, expected, averaged.draft.parameters()))
+    assert plain.served is plain.draft
+
+
+def test_the_forecast_is_that_of_the_average() -> None:
+    learner = make_learner(ema=0.9, lr=0.1)
+    learner.update(captured(), everything(captured()))
+    serving = DraftLearner(learner.served, DraftConfig(), learner.settings)
+    alone = serving.score(captured(), everything(captured()))
+    learner.freeze_copy()
+    metrics = learner.update(captured(), everything(captured()))
+    assert metrics["predicted_accept_length"] == pytest.approx(alone["predicted_accept_length"], rel=1e-6)
+    assert metrics["frozen_accept_length"] == metrics["predicted_accept_length"]
+
+
+def test_the_average_survives_resume_bit_for_bit() -> None:
+    whole, first = make_learner(ema=0.75), make_learner(ema=0.75)
+    for learner in (whole, first):
+        learner.update(captured(), everything(captured()))
+    resumed = make_learner(ema=0.75)
+    resumed.load_state_dict(copied(first.state_dict()))
+    for learner in (whole, resumed):
+        learner.update(captured(), everything(captured()))
+    assert same(whole.state_dict(), resumed.state_dict())
+    assert all(map(torch.equal, bits(whole.served), bits(resumed.served)))
 
 
 def copied(state: Any) -> Any:
