@@ -18,7 +18,10 @@ from tests.policy_helpers import rollout, run_ranks
 from trainer import loop
 from trainer.config import RunConfig
 from trainer.draft_learner import DraftLearner, DraftSettings, DraftUpdateError, plan_updates
+from trainer.draft_schedule import Decision, Reason
 from trainer.metrics import PhaseClock
+
+ALWAYS = Decision(1.0, Reason.ALWAYS)
 
 
 def captured() -> list[DraftSample]:
@@ -209,8 +212,8 @@ def fake_run(learner: Any, **changes: Any) -> Any:
 def test_the_copy_is_frozen_at_its_step_though_every_group_was_dropped() -> None:
     learner = make_learner()
     run = fake_run(learner, frozen_draft_step=3)
-    assert loop.update_draft(run, 1, [], []) == {} and learner.state_dict()["frozen"] is None
-    assert loop.update_draft(run, 2, [], []) == {} and learner.state_dict()["frozen"] is not None
+    assert loop.update_draft(run, 1, [], [], ALWAYS) == {} and learner.state_dict()["frozen"] is None
+    assert loop.update_draft(run, 2, [], [], ALWAYS) == {} and learner.state_dict()["frozen"] is not None
 
 
 def refuse_on_the_last_rank() -> None:
@@ -220,7 +223,7 @@ def refuse_on_the_last_rank() -> None:
 
     learner = Refusing() if torch.distributed.get_rank() == 1 else None
     with pytest.raises(DraftUpdateError, match="of the last rank"):
-        loop.update_draft(fake_run(learner), 0, rollout(), [])
+        loop.update_draft(fake_run(learner), 0, rollout(), [], ALWAYS)
 
 
 def test_a_refused_update_is_raised_by_ranks_without_a_learner_too() -> None:

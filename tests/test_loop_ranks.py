@@ -30,7 +30,8 @@ def one_step(config: RunConfig) -> tuple[dict, dict[str, torch.Tensor] | None]:
     loop.sync_weights(run, 0)
     rollout = from_rank_zero(lambda: loop.roll_out(run, 0))
     samples, policy_metrics, captured = loop.update_policy(run, rollout)
-    draft_metrics = loop.update_draft(run, 0, samples, captured)
+    decision, _ = loop.decide_draft(run, 0, rollout, policy_metrics)
+    draft_metrics = loop.update_draft(run, 0, samples, captured, decision)
     loop.sync_weights(run, 1)
     reward = sum(s.reward or 0.0 for s in samples)
     gradients = None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -40,23 +40,40 @@ def product_dtype(compute_dtype: str) -> torch.dtype | None:
     return COMPUTE_DTYPES[compute_dtype]
 
 
-def plan_updates(samples: Sequence[Sample], config: DraftConfig, seed: int, step: int) -> list[frozenset[Key]]:
+def plan_updates(
+    samples: Sequence[Sample], config: DraftConfig, seed: int, step: int, share: float = 1.0
+) -> list[frozenset[Key]]:
     """Which samples each of this rollout's optimizer steps learns from: disjoint, random, within the token budget.
+
+    `share` above 0 is that of the tokens which a whole plan would take: fewer optimizer steps first, then smaller ones.
 
     A pure function of what every rank knows, so that ranks agree whoever holds a sample. Samples are taken in a
     shuffled order and dealt round-robin. A part ends at the first one that would go beyond `max_tokens_per_update`
     (but has always one): going on to those that still fit would fill its end with short ones.
     """
     order = sorted(samples, key=lambda s: (request_seed(seed, step, *s.request.key), s.request.key))
-    parts: list[list[Key]] = [[] for _ in range(config.updates_per_step)]
+    parts: list[list[Key]] = [[] for _ in range(math.ceil(share * config.updates_per_step))]
     for number, part in enumerate(parts):
-        left = config.max_tokens_per_update
-        for sample in order[number :: config.updates_per_step]:
-            left -= len(sample.request.prompt_ids) + len(sample.token_ids)
+        dealt = order[number :: config.updates_per_step]
+        left = min(config.max_tokens_per_update, num_tokens(dealt))
+        left = math.ceil(left * share * config.updates_per_step / len(parts))
+        for sample in dealt:
+            left -= num_tokens([sample])
             if part and left < 0:
                 break
             part.append(sample.request.key)
     return [frozenset(part) for part in parts if part]
+
+
+def num_tokens(samples: Iterable[Sample]) -> int:
+    """Of prompts and responses: what the draft's forward runs over."""
+    return sum(len(sample.request.prompt_ids) + len(sample.token_ids) for sample in samples)
+
+
+def planned_share(samples: Sequence[Sample], plan: Sequence[frozenset[Key]]) -> float:
+    """Share of the samples' tokens that the plan's parts take."""
+    taken = frozenset[Key]().union(*plan)
+    return num_tokens(s for s in samples if s.request.key in taken) / num_tokens(samples)
 
 
 class DraftLearner:
@@ -85,6 +102,11 @@ class DraftLearner:
     def served(self) -> Eagle3:
         """What is published, exported and forecast with: the draft, or with `draft.ema` the average of its past."""
         return self.draft if self._average is None else self._average
+
+    def set_lr(self, lr: float) -> None:
+        """Learning rate from the next update on; at first it is `draft.lr`."""
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
 
     def freeze_copy(self) -> None:
         """Keep the draft as it serves now, to be scored beside the trained one from the next update on."""

@@ -23,7 +23,8 @@ from trainer import metrics
 from trainer.advantages import drop_groups_without_signal, with_advantages
 from trainer.collective import from_last_rank, from_rank_zero, tensors_to_rank_zero
 from trainer.distributed import first_message
-from trainer.draft_learner import DraftUpdateError, plan_updates
+from trainer.draft_learner import DraftUpdateError, Key, plan_updates, planned_share
+from trainer.draft_schedule import Decision, Reason
 from trainer.rollouts import Rollout, evaluate, generate, make_requests, score
 
 if TYPE_CHECKING:
@@ -39,11 +40,13 @@ def train(run: Run) -> None:
         rollout = from_rank_zero(lambda step=step: roll_out(run, step))
         with engine_memory_given_back(run):
             samples, policy_metrics, captured = update_policy(run, rollout)
-            draft_metrics = update_draft(run, step, samples, captured)
+            decision, pacing = decide_draft(run, step, rollout, policy_metrics)
+            draft_metrics = update_draft(run, step, samples, captured, decision)
         report = sync_weights(run, step + 1)
+        spending = settle_draft(run, decision, report, draft_metrics)
         run.next_step = step + 1
         after = from_rank_zero(lambda step=step: after_step(run, step))
-        run.record(step, rollout, report, policy_metrics, draft_metrics, after)
+        run.record(step, rollout, report, policy_metrics, draft_metrics, pacing, spending, after)
         if run.should_save(step + 1):
             run.save_checkpoint()
     run.export()
@@ -80,7 +83,26 @@ def update_policy(run: Run, rollout: Rollout) -> tuple[list[Sample], dict[str, A
     return samples, update.metrics, update.draft_samples
 
 
-def update_draft(run: Run, step: int, samples: Sequence[Sample], captured: list[Any]) -> dict[str, Any]:
+def decide_draft(
+    run: Run, step: int, rollout: Rollout, policy_metrics: dict[str, Any]
+) -> tuple[Decision, dict[str, Any]]:
+    """Whether the draft learns from this rollout, and from how much: rank 0's decision on every rank."""
+    if run.capture is None:
+        return Decision(0.0, Reason.NEVER), {}
+    return from_rank_zero(lambda: run.pacer.decide(step, rollout, policy_metrics.get("entropy"), run.engine))
+
+
+def settle_draft(run: Run, decision: Decision, report: SyncReport, draft_metrics: dict[str, Any]) -> dict[str, Any]:
+    """What the draft's part of the step cost, entered in the account (rank 0); nothing without a draft."""
+    if run.pacer is None:
+        return {}
+    forecast = draft_metrics.get("predicted_accept_length")
+    return run.pacer.settle(decision, run.clock.seconds("draft"), report, run.engine.transport.plan, forecast)
+
+
+def update_draft(
+    run: Run, step: int, samples: Sequence[Sample], captured: list[Any], decision: Decision
+) -> dict[str, Any]:
     """The draft's optimizer steps on what the policy's forward captured; metrics are the same on every rank.
 
     Raises DraftUpdateError on every rank when one refuses its step.
@@ -90,19 +112,22 @@ def update_draft(run: Run, step: int, samples: Sequence[Sample], captured: list[
     draft_metrics: dict[str, Any] = {}
     with run.clock("draft"):
         if samples:
-            draft_metrics = _learn_or_raise_together(run, step, samples, captured)
+            plan = plan_updates(samples, run.config.draft, run.config.seed, step, decision.share or 1.0)
+            draft_metrics = _learn_or_raise_together(run, plan, captured, trains=decision.share > 0)
+            draft_metrics["draft_token_share"] = planned_share(samples, plan) if decision.share else 0.0
         if run.learner is not None and step + 1 == run.config.frozen_draft_step:
             run.learner.freeze_copy()
     return draft_metrics
 
 
-def _learn_or_raise_together(run: Run, step: int, samples: Sequence[Sample], captured: list[Any]) -> dict[str, Any]:
+def _learn_or_raise_together(
+    run: Run, plan: Sequence[frozenset[Key]], captured: list[Any], *, trains: bool
+) -> dict[str, Any]:
     found: dict[str, Any] = {}
     refused: DraftUpdateError | None = None
     if run.learner is not None:
-        plan = plan_updates(samples, run.config.draft, run.config.seed, step)
         try:
-            found = run.learner.update(captured, plan) if run.config.draft.train else run.learner.score(captured, plan)
+            found = run.learner.update(captured, plan) if trains else run.learner.score(captured, plan)
         except DraftUpdateError as error:
             refused = error
     message = first_message(None if refused is None else str(refused))

@@ -34,6 +34,7 @@ from trainer.config import ConfigError, RunConfig
 from trainer.data import DataPosition, Prompt, PromptData, load_prompts
 from trainer.distributed import init_distributed, rank, world_size
 from trainer.draft_learner import DraftLearner, DraftSettings
+from trainer.draft_pacing import DraftPacer
 from trainer.hf_files import HFWeights, read_config
 from trainer.interrupt import deferred_interrupts
 from trainer.megatron_policy import CaptureSpec, MegatronPolicy
@@ -45,6 +46,7 @@ from trainer.rewards import Reward, load_reward
 from trainer.rollouts import Rollout
 from trainer.run_dir import RunDir, check_run_dir, clear_unless_resumed, cut_metrics, make_run_dir
 from trainer.run_lock import RunLock
+from trainer.schedule_record import Schedule, read_schedule
 from trainer.serving import build_engine, check_engine, context_length, eos_token_ids, load_tokenizer, read_draft
 
 
@@ -59,11 +61,12 @@ class Inputs:
     eval_prompts: tuple[Prompt, ...]
     reward: Reward
     eos_token_ids: tuple[int, ...]
+    draft_schedule: Schedule  # the draft's decisions to take again; {} = decide
 
 
 @dataclass
 class Run:
-    """One run on this rank. `engine`, `lock`, `progress` and `writer` live on rank 0, `learner` on draft ranks."""
+    """One run on this rank. On rank 0 alone: `engine`, `lock`, `pacer`, `progress`, `writer`; on draft ranks: `learner`."""
 
     config: RunConfig
     directory: RunDir
@@ -74,6 +77,7 @@ class Run:
     capture: CaptureSpec | None  # None without an EAGLE-3 draft
     progress: Progress | None
     lock: RunLock | None
+    pacer: DraftPacer | None = None  # with an EAGLE-3 draft
     writer: MetricsWriter | None = None
     position: DataPosition = field(default_factory=DataPosition)
     next_step: int = 0
@@ -152,15 +156,20 @@ class Run:
                 "position": {"epoch": self.position.epoch, "index": self.position.index},
                 "settings": flat_settings(self.config),
             }
+            if self.pacer is not None:
+                counters["draft_pacer"] = self.pacer.state()
             save_checkpoint(self.directory.checkpoints, self.next_step, self.parts(), counters)
 
     def restore(self) -> None:
         """Continue from the newest whole checkpoint, or from the start when the run was killed before its first."""
         folder = latest_checkpoint(self.directory.checkpoints)
+        counters: dict[str, Any] = {}
         if folder is not None:
             self.next_step, counters = load_checkpoint(folder, self.parts())
             self.position = DataPosition(**counters["position"])
         from_rank_zero(lambda: cut_metrics(self.directory.metrics_file, self.next_step - 1))
+        if self.capture is not None:
+            from_rank_zero(lambda: self.pacer.resume(counters.get("draft_pacer"), self.next_step))
 
     def close(self) -> None:
         """Stop the engine, and the server behind it when there is one; then the folder is free for others."""
@@ -216,6 +225,7 @@ def read_inputs(config: RunConfig) -> Inputs:
         eval_prompts=load(data.eval_prompt_data).first(data.num_eval_prompts) if config.eval_interval else (),
         reward=load_reward(data.reward, tokenizer),
         eos_token_ids=eos_token_ids(folder, tokenizer),
+        draft_schedule=read_schedule(Path(path), config.num_rollout) if (path := config.draft.schedule) else {},
     )
 
 
@@ -304,6 +314,7 @@ def build_run(config: RunConfig) -> Run:
         capture=None if draft is None else CaptureSpec(draft.config.aux_layer_ids, config.draft.capture_max_bytes),
         progress=None,
         lock=lock,
+        pacer=DraftPacer(config, inputs.draft_schedule, directory.draft_schedule) if draft and rank() == 0 else None,
     )
 
 

@@ -31,6 +31,11 @@ class RunDir:
         return self.path / "metrics.jsonl"
 
     @property
+    def draft_schedule(self) -> Path:
+        """When the draft learned, with `draft.train_when = "pays"`; see `trainer.schedule_record`."""
+        return self.path / "draft_schedule.jsonl"
+
+    @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 

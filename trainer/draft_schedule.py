@@ -1,0 +1,332 @@
+"""When the draft learns, and from how much (`draft.train_when = "pays"`): pure functions of what was seen.
+
+    judgement = judge(state, seen)                 what the rollout's acceptance says
+    decision  = decide(state, judgement, money)    the only one that looks at seconds
+    state     = advance(state, judgement, decision)
+
+Because `advance` sees no seconds, a run that takes recorded decisions again goes through the same states bit for bit.
+
+Acceptance follows the policy's entropy by itself (Bebop, arXiv 2606.12370), which no training mends. So a line of
+accept length over entropy is fitted to the steps at which the draft was as good as it gets, and only a fall below that
+line, beyond the noise, starts training again (SpecRoll, arXiv 2608.04962, trains after a sustained drift too). The fall
+is found by Page's cumulative sum (Biometrika 1954): one bad step or several poor ones.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from typing import Any
+
+from rollout_engine.types import SpecStats
+
+MIN_VERIFIES = 32  # fewer say nothing of a rollout's acceptance
+CLUSTERING = 1.5  # verify steps of one text are alike: their mean scatters this much more than independent ones'
+WINDOW = 24  # steps that the line is fitted to, at most
+MIN_REFERENCE = 3  # fewer are no line to fall below
+MIN_CLIMB = 5  # steps of training before their rise is believed
+MIN_RECOVERY = 4  # of those after a fall
+PATIENCE = 20  # of a draft that began with random weights, while its acceptance has not risen at all
+RISEN = 3.0  # times the noise: acceptance that is so much above where it began has risen
+PRIOR_STEPS = 4  # steps that the noise to expect beforehand counts for
+MAX_SLOPE = 3.0  # tokens per nat: the literature's steepest is 1.7
+SLACK, ALARM = 0.5, 4.0  # of the cumulative sum, in units of the noise
+HORIZON = 8  # steps for which what is learned now is taken to last
+MIN_SHARE = 1 / 8  # of a step's tokens: less is not worth an optimizer step
+CALM_STEPS = 12  # without a fall before the share is halved
+
+
+class Reason(StrEnum):
+    """Why a step trained the draft or did not: `draft_decision` of the metrics."""
+
+    ALWAYS = "always"
+    NEVER = "never"
+    NO_SAMPLES = "no_samples"  # every group was dropped: there is nothing to learn from
+    START = "start"  # too little was seen: a draft that is new learns
+    RISING = "rising"  # its acceptance still rises by more than the training costs
+    DROP = "drop"  # acceptance fell below what the entropy explains
+    RECOVER = "recover"  # and is not back yet
+    KEEP = "keep"  # a part of the tokens: as much as the falls of the last cycle called for
+    REST = "rest"
+    LOSING = "losing"  # the draft costs more than it saves, and learning would not change that in time
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """`share` of the step's token budget to train on; 0 = score the draft only."""
+
+    share: float
+    reason: Reason
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """One rollout: the policy's mean entropy, and tokens per verify step at the full depth with its standard error."""
+
+    entropy: float  # nats per token
+    accept_length: float
+    standard_error: float
+
+
+@dataclass(frozen=True, slots=True)
+class Money:
+    """What a step's seconds say about training. `plain_s` and `verify_cost` are None when they are not known."""
+
+    rollout_s: float
+    train_s: float  # of a training on the whole budget, beyond mere scoring
+    steps_left: int  # rollouts that will still be made
+    accept_length: float  # at the full depth, at which the rollout took so long
+    verified: float  # share of its forwards that verified drafts
+    plain_s: float | None  # the same rollout without speculation
+    verify_cost: float | None  # accept length below which drafting loses
+    can_stop: bool  # the engine drafts nothing where drafting loses
+
+    @property
+    def is_losing(self) -> bool:
+        return self.verify_cost is not None and self.accept_length < self.verify_cost
+
+    def seconds_at(self, accept_length: float) -> float:
+        """The same rollout with a draft of another accept length."""
+        if self.plain_s is None or self.verify_cost is None:
+            return self.rollout_s * self.accept_length / accept_length
+        drafting_s = self.plain_s * self.verify_cost / accept_length
+        return min(self.plain_s, drafting_s) if self.can_stop else drafting_s
+
+
+class Phase(StrEnum):
+    LEARNING = "learning"
+    RESTING = "resting"
+    RECOVERING = "recovering"
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """What is remembered from step to step. `reference` is what the line is fitted to, `climb` the steps of training
+    since it last began."""
+
+    slope_prior: float = 0.0  # tokens per nat, at most 0
+    patience: int = MIN_CLIMB
+    phase: Phase = Phase.LEARNING
+    reference: tuple[Seen, ...] = ()
+    climb: tuple[Seen, ...] = ()
+    share: float = 0.0  # of the tokens, between falls
+    rested: int = 0  # steps since the last fall, or since the learning ended
+    fall: float = 0.0  # the cumulative sum
+
+
+@dataclass(frozen=True, slots=True)
+class Judgement:
+    """A rollout beside the line. `rise` is the gain of accept length per step of training, with its standard error."""
+
+    seen: Seen | None
+    expected: float | None = None  # accept length at this entropy; None without a line
+    residual: float = 0.0
+    z: float = 0.0
+    fall: float = 0.0
+    rise: float = 0.0
+    rise_error: float = 0.0
+    has_risen: bool = False  # since the training began
+
+    @property
+    def has_fallen(self) -> bool:
+        return self.fall > ALARM
+
+    @property
+    def is_back(self) -> bool:
+        return self.expected is None or self.z > -1.0
+
+
+def see(spec: SpecStats, depth: int, entropy: float) -> Seen | None:
+    """A rollout's acceptance at the full depth; None when hardly anything was verified.
+
+    Depths that a controller rarely drafted go on falling as those before them do.
+    """
+    if spec.num_verify_steps < MIN_VERIFIES:
+        return None
+    rates: list[float] = []
+    counts = zip(spec.proposed_by_position[:depth], spec.accepted_by_position[:depth], strict=True)
+    for proposed, accepted in counts:
+        if proposed < MIN_VERIFIES:
+            break
+        rates.append(min(accepted / proposed, rates[-1] if rates else 1.0))
+    while rates and len(rates) < depth:
+        before = rates[-2] if len(rates) > 1 else 1.0
+        rates.append(rates[-1] * (rates[-1] / before if before else 0.0))
+    mean = spec.num_accepted / spec.num_verify_steps
+    square = sum(n * n * count for n, count in enumerate(spec.accepted_histogram)) / spec.num_verify_steps
+    error = math.sqrt(max(square - mean * mean, 1.0 / spec.num_verify_steps) / spec.num_verify_steps)
+    return Seen(entropy, 1.0 + sum(rates), CLUSTERING * error)
+
+
+def judge(state: State, seen: Seen | None) -> Judgement:
+    """`seen` beside the line through the reference, which it is not part of yet."""
+    if seen is None:
+        return Judgement(None, fall=state.fall)
+    slope, noise = fit(state, seen.standard_error)
+    rise, rise_error = rise_per_step([*state.climb, seen], slope, noise)
+    has_risen = bool(state.climb) and seen.accept_length - state.climb[0].accept_length > RISEN * noise
+    if len(state.reference) < MIN_REFERENCE:
+        return Judgement(seen, rise=rise, rise_error=rise_error, has_risen=has_risen)
+    expected = _mean([p.accept_length for p in state.reference])
+    expected += slope * (seen.entropy - _mean([p.entropy for p in state.reference]))
+    residual = seen.accept_length - expected
+    fall = max(0.0, state.fall - residual / noise - SLACK) if state.phase is Phase.RESTING else 0.0
+    return Judgement(seen, expected, residual, residual / noise, fall, rise, rise_error, has_risen)
+
+
+def fit(state: State, standard_error: float) -> tuple[float, float]:
+    """(slope, noise) of accept length over entropy in the reference: a ridge towards the rule's prior slope.
+
+    The slope is kept in [-MAX_SLOPE, 0]: a policy that grows surer makes no draft worse, so that a fall which comes
+    with a falling entropy is never explained away. The noise is that of counting, widened by the residuals' scatter.
+    """
+    points = state.reference
+    prior = 2.0 * standard_error  # prompts differ from step to step
+    if len(points) < MIN_REFERENCE:
+        return state.slope_prior, prior
+    x = _centred([p.entropy for p in points])
+    y = _centred([p.accept_length for p in points])
+    strength = prior * prior  # a prior of one token per nat
+    xy, xx = sum(a * b for a, b in zip(x, y, strict=True)), sum(a * a for a in x)
+    slope = (xy + strength * state.slope_prior) / (xx + strength)
+    slope = min(0.0, max(-MAX_SLOPE, slope))
+    scatter = sum((b - slope * a) ** 2 for a, b in zip(x, y, strict=True))
+    return slope, math.sqrt((PRIOR_STEPS * prior * prior + scatter) / (PRIOR_STEPS + len(points) - 1))
+
+
+def rise_per_step(climb: Sequence[Seen], slope: float, noise: float) -> tuple[float, float]:
+    """Accept length gained per step over the last MIN_CLIMB steps, entropy taken out, and its standard error."""
+    last = climb[-MIN_CLIMB:]
+    if len(last) < 2:
+        return 0.0, math.inf
+    t = _centred(list(range(len(last))))
+    y = _centred([p.accept_length - slope * p.entropy for p in last])
+    tt = sum(a * a for a in t)
+    return sum(a * b for a, b in zip(t, y, strict=True)) / tt, noise / math.sqrt(tt)
+
+
+def decide(state: State, judgement: Judgement, money: Money) -> Decision:
+    """Train when what it is likely to win in the steps left is more than it costs."""
+    seen = judgement.seen
+    if seen is None:  # the engine drafted nothing, and no forecast says what it would have accepted
+        return Decision(1.0, Reason.START) if state.phase is Phase.LEARNING else _quiet(state, judgement, money)
+    if state.phase is Phase.LEARNING:
+        patience = MIN_CLIMB if judgement.has_risen else state.patience
+        if len(state.climb) < patience - 1:
+            return Decision(1.0, Reason.START)
+        return Decision(1.0, Reason.RISING) if _rise_pays(judgement, money) else _quiet(state, judgement, money)
+    if state.phase is Phase.RESTING:
+        falls = judgement.has_fallen and _return_pays(judgement, money)
+        return Decision(1.0, Reason.DROP) if falls else _quiet(state, judgement, money)
+    settled = len(state.climb) >= MIN_RECOVERY and not _rise_pays(judgement, money)
+    return _quiet(state, judgement, money) if judgement.is_back or settled else Decision(1.0, Reason.RECOVER)
+
+
+def _quiet(state: State, judgement: Judgement, money: Money) -> Decision:
+    share = _share_to_keep(state)
+    if money.is_losing or (judgement.seen is None and money.can_stop and money.verified == 0.0):
+        return Decision(0.0, Reason.LOSING)
+    return Decision(share, Reason.KEEP) if share and money.steps_left else Decision(0.0, Reason.REST)
+
+
+def _rise_pays(judgement: Judgement, money: Money) -> bool:
+    """Whether going on for a horizon would win more than it costs, the rise taken one standard error high.
+
+    Half of what the last of its steps wins is the mean of a steady rise.
+    """
+    assert judgement.seen is not None
+    steps = min(HORIZON, money.steps_left)
+    now = judgement.seen.accept_length
+    later = now + max(0.0, judgement.rise + judgement.rise_error) * steps
+    return (money.seconds_at(now) - money.seconds_at(later)) / 2 > money.train_s
+
+
+def _return_pays(judgement: Judgement, money: Money) -> bool:
+    """Whether a return to the line would win more over a horizon than a short recovery costs."""
+    assert judgement.seen is not None and judgement.expected is not None
+    lost_s = money.seconds_at(judgement.seen.accept_length) - money.seconds_at(judgement.expected)
+    return lost_s * min(HORIZON, money.steps_left) > 2 * money.train_s
+
+
+def _share_to_keep(state: State) -> float:
+    """The share to train on between falls: what the last cycle of rest and recovery came to, halved after a calm.
+
+    Below MIN_SHARE short trainings after a fall are cheaper than a little in every step.
+    """
+    share = state.share
+    if state.phase is Phase.RECOVERING:
+        steps = state.rested + len(state.climb)
+        share = (state.share * state.rested + len(state.climb)) / steps
+    elif state.phase is Phase.RESTING and state.rested and state.rested % CALM_STEPS == 0:
+        share = state.share / 2
+    return share if share >= MIN_SHARE else 0.0
+
+
+_TRAINING = {
+    Reason.START: Phase.LEARNING,
+    Reason.RISING: Phase.LEARNING,
+    Reason.DROP: Phase.RECOVERING,
+    Reason.RECOVER: Phase.RECOVERING,
+}
+
+
+def advance(state: State, judgement: Judgement, decision: Decision) -> State:
+    """The state after a decision, whoever took it. Seconds play no part."""
+    seen = judgement.seen
+    if seen is None:
+        return state
+    if decision.reason in _TRAINING:
+        phase = _TRAINING[decision.reason]
+        climb = (seen,) if decision.reason is Reason.DROP else (*state.climb, seen)
+        reference = (*state.reference, seen)[-WINDOW:] if phase is Phase.LEARNING else state.reference
+        return replace(state, phase=phase, climb=climb[-WINDOW:], reference=reference, fall=0.0)
+    share = _share_to_keep(state)
+    if state.phase is Phase.RESTING:
+        reference = (seen,) if judgement.has_fallen else (*state.reference, seen)[-WINDOW:]  # a fall left alone: anew
+        rested, fall = state.rested + 1, 0.0 if judgement.has_fallen else judgement.fall
+        return replace(state, reference=reference, share=share, rested=rested, fall=fall)
+    is_new_level = state.phase is Phase.LEARNING or not judgement.is_back
+    last = state.climb[1 - MIN_CLIMB :] if is_new_level else state.reference
+    return replace(
+        state, phase=Phase.RESTING, reference=(*last, seen)[-WINDOW:], climb=(), share=share, rested=1, fall=0.0
+    )
+
+
+def as_dict(state: State) -> dict[str, Any]:
+    """For a checkpoint; JSON gives it back bit for bit."""
+
+    def points(seen: Sequence[Seen]) -> list[list[float]]:
+        return [[p.entropy, p.accept_length, p.standard_error] for p in seen]
+
+    return {
+        "phase": state.phase.value,
+        "reference": points(state.reference),
+        "climb": points(state.climb),
+        "share": state.share,
+        "rested": state.rested,
+        "fall": state.fall,
+    }
+
+
+def from_dict(start: State, data: dict[str, Any]) -> State:
+    """What `as_dict` gave; `start` brings what follows from the settings."""
+    return replace(
+        start,
+        phase=Phase(data["phase"]),
+        reference=tuple(Seen(*point) for point in data["reference"]),
+        climb=tuple(Seen(*point) for point in data["climb"]),
+        share=data["share"],
+        rested=data["rested"],
+        fall=data["fall"],
+    )
+
+
+def _mean(values: Sequence[float]) -> float:
+    return math.fsum(values) / len(values)
+
+
+def _centred(values: Sequence[float]) -> list[float]:
+    mean = _mean(values)
+    return [value - mean for value in values]
