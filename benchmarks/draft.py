@@ -71,7 +71,8 @@ def roll_out(args: argparse.Namespace, policy: BenchPolicy) -> list[Text]:
     texts = []
     for stream, temperature in enumerate(args.temperatures):
         sampling = SamplingParams(temperature=temperature, max_new_tokens=args.max_new_tokens)
-        requests = group_requests(prompts, args.samples_per_prompt, args.seed, sampling, stream=stream)
+        first = stream * len(prompts)
+        requests = group_requests(prompts, args.samples_per_prompt, args.seed, sampling, first_prompt_id=first)
         texts.append(Text(temperature, sorted(engine.generate(requests), key=lambda sample: sample.request.key)))
     engine.close()
     return texts

@@ -14,17 +14,12 @@ NGRAM_MATCH = (2, 8)  # the engine's defaults
 
 
 def group_requests(
-    prompts: Sequence[tuple[int, ...]], group: int, seed: int, sampling: SamplingParams, *, stream: int = 0
+    prompts: Sequence[tuple[int, ...]], group: int, seed: int, sampling: SamplingParams, *, first_prompt_id: int = 0
 ) -> list[RolloutRequest]:
-    """`group` siblings of every prompt; random numbers follow from (seed, stream), and prompt ids differ by stream."""
+    """`group` siblings of every prompt; prompts are numbered from `first_prompt_id`, and random numbers follow."""
     return [
-        RolloutRequest(
-            stream * len(prompts) + row,
-            i,
-            prompt,
-            replace(sampling, seed=request_seed(seed, stream, row, i)),
-        )
-        for row, prompt in enumerate(prompts)
+        RolloutRequest(number, i, prompt, replace(sampling, seed=request_seed(seed, 0, number, i)))
+        for number, prompt in enumerate(prompts, start=first_prompt_id)
         for i in range(group)
     ]
 

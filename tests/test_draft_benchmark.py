@@ -105,10 +105,12 @@ def test_ngram_statistics_replay_the_drafter():
     assert alone["ngram_proposes"] == 0.0 and alone["ngram_tokens_per_verify"] == 1.0  # no sibling
 
 
-def test_requests_of_two_streams_share_prompts_and_nothing_else():
+def test_requests_of_two_temperatures_share_prompts_and_nothing_else():
     prompts = draft_texts.draw_prompts([(1,), (2,), (3,)], 5, seed=3)
     assert sorted(prompts[:3]) == [(1,), (2,), (3,)] and prompts[3:] == prompts[:2]
-    first, second = (draft_texts.group_requests(prompts, 2, 3, SamplingParams(), stream=stream) for stream in (0, 1))
+    first, second = (
+        draft_texts.group_requests(prompts, 2, 3, SamplingParams(), first_prompt_id=number) for number in (0, 5)
+    )
     assert [r.prompt_ids for r in first] == [r.prompt_ids for r in second]
     assert len({r.key for r in first + second}) == len({r.sampling.seed for r in first + second}) == 20
 
