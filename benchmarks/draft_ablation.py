@@ -85,6 +85,10 @@ def expected_s(arm: Arm, records: Sequence[dict[str, Any]]) -> float:
     return _MARGIN * (per_unit_s * _work(arm) + max(record["score_s"] for record in seen))
 
 
+def run_name(arm: Arm, seed: int) -> str:
+    return f"{arm.name}, seed {seed}"
+
+
 def _work(arm: Arm) -> float:
     """Tokens times unrolled steps; the step-0 keys and the target's law cost about one more."""
     return arm.updates * arm.batch_tokens * (1.0 + arm.unroll)
@@ -95,18 +99,19 @@ def ablate(
 ) -> None:
     """Run what is not done yet, until `deadline_s` (time.monotonic); what there is no time for is named."""
     left_out: dict[str, str] = {}
+    results.write_about(left_out)
     for arm, seed in jobs:
         if results.has(arm, seed):
             continue
         needs_s, left_s = expected_s(arm, results.records), deadline_s - time.monotonic()
         if needs_s > left_s:
-            left_out[f"{arm.name}, seed {seed}"] = f"no time: {needs_s:.0f} s needed, {max(left_s, 0):.0f} s left"
+            left_out[run_name(arm, seed)] = f"no time: {needs_s:.0f} s needed, {max(left_s, 0):.0f} s left"
             continue
         record = train_arm(arm, seed, texts, plan, device)
         results.add(record)
         results.write_about(left_out)
         found = record.get("failed") or f"accept length {record['curve'][-1]['accept_length']:.2f}"
-        print(f"{arm.name}, seed {seed}: {found}; {record['train_s']:.1f} s + {record['score_s']:.1f} s", flush=True)
+        print(f"{run_name(arm, seed)}: {found}; {record['train_s']:.1f} s + {record['score_s']:.1f} s", flush=True)
     results.write_about(left_out)
     if left_out:
         print(f"no time for {len(left_out)} runs: the same command goes on with them")
@@ -146,12 +151,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     work.mkdir(parents=True, exist_ok=True)
     texts = load_texts(plan, work, args.device)
     told = json.loads(json.dumps(asdict(plan)))  # as it is read back
-    results = Results.open(args.out, texts.about | {"plan": told, "origin": provenance(MODULE)})
-    ready_s = time.monotonic() - began_s
-    print(f"target and texts after {ready_s:.0f} s: {json.dumps(texts.about['target'])}")
-    results.about["ready_s"] = ready_s
     base, *others = arms_of(plan)
     arms = [base, *(arm for arm in others if arm.axis in args.axes)]
+    ready_s = time.monotonic() - began_s
+    print(f"target and texts after {ready_s:.0f} s: {json.dumps(texts.about['target'])}")
+    asked = {"arms": [arm.name for arm in arms], "seeds": list(args.seeds)}
+    about = {"plan": told, "origin": provenance(MODULE), "ready_s": ready_s, "asked": asked}
+    results = Results.open(args.out, texts.about | about)
     ablate(plan, texts, results, jobs_of(arms, args.seeds), began_s + args.budget_s, args.device)
 
 
