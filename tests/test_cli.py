@@ -69,7 +69,7 @@ def test_bad_input_is_one_line_and_status_2(tmp_path, arguments, message):
 
 
 def test_help_is_everywhere_and_starts_without_torch(capsys):
-    for command in ("train", "demo", "generate", "serve", "report", "doctor", "make-model"):
+    for command in ("train", "demo", "finetune-draft", "generate", "serve", "report", "doctor", "make-model"):
         with pytest.raises(SystemExit) as left:
             main([command, "--help"])
         assert left.value.code == 0 and "usage: slipstream" in capsys.readouterr().out

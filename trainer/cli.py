@@ -162,6 +162,50 @@ def _demo(namespace: argparse.Namespace, rest: list[str]) -> int:
     return _start(demo_config(overrides), dry_run=namespace.dry_run)
 
 
+# ---------------------------------------------------------------- finetune-draft
+
+
+def _add_finetune_draft(commands, name: str) -> None:
+    from trainer.finetune_config import flag_of, own_fields
+    from trainer.help import finetune_help
+
+    parser = _command(
+        commands,
+        name,
+        "train a draft for a policy that stands still, or convert one between published spellings",
+        _finetune_draft,
+        usage="slipstream finetune-draft --target HF_DIR --data FILE [--init DIR | --import DIR] --out DIR [--KEY V]\n"
+        "       slipstream finetune-draft --target HF_DIR --import DIR [--export SPELLING] --out DIR",
+        description="Train an EAGLE-3 draft on what the target says: prompts are answered by the target first, finished"
+        "\nrollouts are taken as they are. Judged on held-out prompts under the engine's rule; training ends when\n"
+        "the accept length no longer grows. A killed run goes on with --resume; several ranks:\n"
+        "torchrun --nproc-per-node N -m trainer.cli finetune-draft ...",
+        epilog=finetune_help(),
+    )
+    for item in own_fields():
+        default = item.default
+        options: dict = {"action": "store_true"} if default is False else {"type": type(default), "default": default}
+        if item.metadata["metavar"]:
+            options["metavar"] = item.metadata["metavar"]
+        shown = "" if default is False or default == "" else f" (default {default})"
+        parser.add_argument(flag_of(item.name), dest=item.name, help=item.metadata["help"] + shown, **options)
+
+
+def _finetune_draft(namespace: argparse.Namespace, rest: list[str]) -> int:
+    from trainer.config_load import parse_flags
+    from trainer.finetune_config import make_config, own_fields
+
+    positional, overrides = parse_flags(rest)
+    _no_more(positional, ())
+    config = make_config({item.name: getattr(namespace, item.name) for item in own_fields()}, overrides)
+    distributed = import_module("torch.distributed")
+    was_there = distributed.is_initialized()
+    status = import_module("trainer.finetune").finetune(config)
+    if distributed.is_initialized() and not was_there:
+        distributed.destroy_process_group()
+    return status
+
+
 # ---------------------------------------------------------------- generate
 
 
@@ -316,6 +360,7 @@ def _make_model(namespace: argparse.Namespace, rest: list[str]) -> int:
 _COMMANDS = (
     ("train", _add_train),
     ("demo", _add_demo),
+    ("finetune-draft", _add_finetune_draft),
     ("generate", _add_generate),
     ("serve", _add_serve),
     ("bench", _add_bench),
