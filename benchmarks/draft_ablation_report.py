@@ -254,8 +254,8 @@ def section(ablation: Ablation) -> str:
             position_table,
         ),
         _table(
-            f"Accept length at k = {ablation.depth} under rejection on text of each temperature, and its slope against the "
-            "target's entropy:",
+            f"Accept length at k = {ablation.depth} under rejection on text of each temperature, and its slope against "
+            "the target's entropy:",
             ablation,
             [arm for arm in arms if arm.axis in ("loss", "temperature")],
             temperature_table,

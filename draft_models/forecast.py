@@ -127,11 +127,12 @@ def forecast_acceptance(posterior_QK: Tensor, num_chains: Sequence[int], depth: 
 def _renewal(step_BCM: Tensor, exists_BC: Tensor) -> Tensor:
     """P(a verification starts at rank c): 1 at rank 0, then from rank c on to c + n + 1 with step_BCM[b, c, n]."""
     num_samples, num_chains, num_steps = step_BCM.shape
-    start_BC = step_BCM.new_zeros(num_samples, num_chains + num_steps)
-    start_BC[:, 0] = 1.0
-    for rank in range(num_chains):
-        start_BC[:, rank + 1 : rank + 1 + num_steps] += start_BC[:, rank, None] * step_BCM[:, rank]
-    return start_BC[:, :num_chains] * exists_BC
+    # Ranks in front: a rank's steps then lie side by side, and three small operations a rank are all that it takes.
+    start_CB = step_BCM.new_zeros(num_chains + num_steps, num_samples)
+    start_CB[0] = 1.0
+    for rank, step_MB in enumerate(step_BCM.permute(1, 2, 0).contiguous().unbind(0)):
+        start_CB.narrow(0, rank + 1, num_steps).addcmul_(start_CB[rank], step_MB)
+    return start_CB[:num_chains].t() * exists_BC
 
 
 def _target_id(draft_id: Tensor, target_ids_R: Tensor | None) -> Tensor:
