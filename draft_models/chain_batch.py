@@ -6,7 +6,7 @@ vocabulary, K unroll steps.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
@@ -33,17 +33,20 @@ class DraftBatch:
     """Samples end to end, by length. Chain c at step j is compared with target row c + j, while j < steps_left_Q[c].
 
     A chain starts at every row t whose x_{t+1} is a response token and whose x_{t+2} exists. Sizes are Python numbers,
-    so that nothing waits for the device; floating-point tensors have the dtype in which they were captured.
+    so that nothing waits for the device; floating-point tensors have the dtype in which they were captured. Cut into
+    windows, each window stands as a sample of its own.
     """
 
     key_embeds_SH: Tensor  # embed(x_{t+1}) of key row t
     key_aux_SA: Tensor  # captured states of key row t
-    key_position_S: Tensor  # int64: t
+    key_position_S: Tensor  # int64: t, counted from the window's start
     chain_key_Q: Tensor  # int64: the key row where the chain starts
     chain_rank_Q: Tensor  # int64: 0, 1, .. within the sample
     chain_sample_Q: Tensor  # int64
     steps_left_Q: Tensor  # int64, at least 1
     next_token_Q: Tensor  # int64: the token that step 0 predicts
+    next_index_Q: Tensor  # int64: its index in the whole text
+    weight_Q: Tensor | None  # of that token in the loss; None = all 1
     target_hidden_QW: Tensor  # what the target's output layer read for that token
     target_head_VW: Tensor  # the output layer
     temperature_B: Tensor  # float64; 0 = greedy
@@ -65,45 +68,93 @@ class DraftBatch:
         return self.key_position_S.index_select(0, self.chain_key_Q) + self.ahead(step)
 
 
-def make_batch(samples: Sequence[DraftSample], *, window: int = 0) -> DraftBatch | None:
+def make_batch(
+    samples: Sequence[DraftSample], *, window: int = 0, weights: Mapping[tuple[int, int], Tensor] | None = None
+) -> DraftBatch | None:
     """Join samples in order of length (stable), without those too short to hold a chain; None when none is left.
 
-    Raises ValueError when they come from different forwards, whose output layers may differ.
+    Args:
+        samples: all of one forward.
+        window: cut each text into windows of so many tokens, as trainers do that hold no long text: a chain sees its
+            own window alone, at positions counted from its start. Windows overlap by two tokens, so that no chain is
+            lost, though chains end at their window's end. 0 = whole texts.
+        weights: of each response token in the loss, floating [R], by (prompt_id, sample_id).
+
+    Raises ValueError for samples of different forwards, whose output layers may differ, and for a window below 3.
     """
-    if window:
-        raise NotImplementedError("draft batches of windows are not there yet")
-    samples = [s for s in samples if len(s.token_ids) - s.prompt_len >= 2]
-    if not samples:
+    if window and window < 3:
+        raise ValueError(f"a window of {window} tokens holds no chain: give at least 3, or 0 for whole texts")
+    cuts = [cut for sample in samples for cut in _cut(sample, window) if cut.num_chains > 0]
+    if not cuts:
         return None
-    if any(s.target_head is not samples[0].target_head for s in samples):
+    head_VW = cuts[0].sample.target_head
+    if any(cut.sample.target_head is not head_VW for cut in cuts):
         raise ValueError("samples of different forwards in one draft batch: each has an output layer of its own")
-    samples.sort(key=lambda s: len(s.token_ids))
-    device = samples[0].token_ids.device
-    num_keys = tuple(len(s.token_ids) - 2 for s in samples)
-    num_chains = tuple(len(s.token_ids) - s.prompt_len - 1 for s in samples)
+    cuts.sort(key=lambda cut: cut.num_keys)
+    device = head_VW.device
+    num_keys, num_chains = tuple(cut.num_keys for cut in cuts), tuple(cut.num_chains for cut in cuts)
     # Indices are computed on the CPU, where sizes are known, and sent without waiting for what the device still does.
     send = partial(torch.Tensor.to, device=device, non_blocking=True)
     num_keys_B, num_chains_B = torch.tensor(num_keys), torch.tensor(num_chains)
     _, key_position_S = _ranks(num_keys_B)
     chain_sample_Q, chain_rank_Q = _ranks(num_chains_B)
     first_chain_key_B = num_keys_B.cumsum(0) - num_chains_B
+    first_chain_B = torch.tensor([cut.first_chain for cut in cuts])
     return DraftBatch(
-        key_embeds_SH=torch.cat([s.embeds[1:-1] for s in samples]),
-        key_aux_SA=torch.cat([s.aux_hidden[:-2] for s in samples]),
+        key_embeds_SH=torch.cat([cut.sample.embeds[cut.start + 1 : cut.stop - 1] for cut in cuts]),
+        key_aux_SA=torch.cat([cut.sample.aux_hidden[cut.start : cut.stop - 2] for cut in cuts]),
         key_position_S=send(key_position_S),
         chain_key_Q=send(first_chain_key_B[chain_sample_Q] + chain_rank_Q),
         chain_rank_Q=send(chain_rank_Q),
         chain_sample_Q=send(chain_sample_Q),
         steps_left_Q=send(num_chains_B[chain_sample_Q] - chain_rank_Q),
-        next_token_Q=torch.cat([s.token_ids[s.prompt_len + 1 :] for s in samples]),
-        target_hidden_QW=torch.cat([s.target_hidden[s.prompt_len : -1] for s in samples]),
-        target_head_VW=samples[0].target_head,
-        temperature_B=send(torch.tensor([s.temperature for s in samples], dtype=torch.float64)),
-        seed_B=send(torch.tensor([s.seed for s in samples], dtype=torch.int64)),
+        next_token_Q=torch.cat([cut.sample.token_ids[cut.first_chain + 2 : cut.stop] for cut in cuts]),
+        next_index_Q=send(first_chain_B[chain_sample_Q] + chain_rank_Q + 2),
+        weight_Q=None if weights is None else send(torch.cat([cut.of_next_tokens(weights) for cut in cuts])),
+        target_hidden_QW=torch.cat([cut.sample.target_hidden[cut.first_chain + 1 : cut.stop - 1] for cut in cuts]),
+        target_head_VW=head_VW,
+        temperature_B=send(torch.tensor([cut.sample.temperature for cut in cuts], dtype=torch.float64)),
+        seed_B=send(torch.tensor([cut.sample.seed for cut in cuts], dtype=torch.int64)),
         num_keys=num_keys,
         num_chains=num_chains,
         spans=_spans(num_keys, num_chains),
     )
+
+
+@dataclass(frozen=True, slots=True)
+class _Cut:
+    """Tokens `start` to `stop` of a sample, trained on as a text of their own."""
+
+    sample: DraftSample
+    start: int
+    stop: int
+
+    @property
+    def num_keys(self) -> int:
+        return self.stop - self.start - 2
+
+    @property
+    def first_chain(self) -> int:
+        """Its row in the whole text."""
+        return max(self.sample.prompt_len - 1, self.start)
+
+    @property
+    def num_chains(self) -> int:
+        return self.stop - 2 - self.first_chain
+
+    def of_next_tokens(self, weights: Mapping[tuple[int, int], Tensor]) -> Tensor:
+        weight_R = weights[self.sample.prompt_id, self.sample.sample_id]
+        first = self.first_chain + 2 - self.sample.prompt_len
+        return weight_R[first : first + self.num_chains]
+
+
+def _cut(sample: DraftSample, window: int) -> Iterator[_Cut]:
+    length = len(sample.token_ids)
+    if not window or length <= window:
+        yield _Cut(sample, 0, length)
+        return
+    for start in range(0, length - 2, window - 2):
+        yield _Cut(sample, start, min(start + window, length))
 
 
 def split_by_tokens(samples: Sequence[DraftSample], most: int) -> list[list[DraftSample]]:

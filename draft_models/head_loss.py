@@ -130,12 +130,11 @@ def _posterior(task: HeadTask, rule: VerifyRule, rows: slice, logits_KcR: Tensor
     batch, num_steps = task.batch, len(logits_KcR)
     token_c, sample_c = batch.next_token_Q[rows], batch.chain_sample_Q[rows]
     picked_c = target_logits_cV.gather(1, token_c[:, None])[:, 0]
-    position_c = batch.key_position_S.index_select(0, batch.chain_key_Q[rows]) + 2
     emitted = EmittedTokens(
         token_n=token_c.repeat(num_steps),
         p_token_n=(picked_c - target_logits_cV.logsumexp(-1)).exp().repeat(num_steps),
         seed_n=batch.seed_B[sample_c].repeat(num_steps),
-        position_n=position_c.repeat(num_steps),
+        position_n=batch.next_index_Q[rows].repeat(num_steps),
     )
     is_greedy_n = _is_greedy(batch, rows).repeat(num_steps)
     flat = posterior_at_temperature(rule, logits_KcR.flatten(0, 1), is_greedy_n, emitted, task.target_ids_R)

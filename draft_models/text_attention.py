@@ -11,6 +11,7 @@ G KV heads, g = N / G, D head size.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -20,6 +21,7 @@ from torch import Tensor
 from draft_models.chain_batch import DraftBatch, SampleSpan
 
 Gradients = tuple[Tensor, Tensor, Tensor]
+_SCORE_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 26}  # of one block; bounds memory whatever the text's length
 
 
 class TextAttention(Protocol):
@@ -91,7 +93,7 @@ class FlashText:
 
 
 class PaddedText:
-    """Plain products on rows padded to the longest of each span of like length; one span's scores exist at a time."""
+    """Plain products on rows padded to the longest of each span of like length, a bounded block of scores at a time."""
 
     def __init__(self, batch: DraftBatch, scale: float) -> None:
         self._spans = [_PaddedSpan.of(batch, span, scale) for span in batch.spans]
@@ -116,13 +118,21 @@ class PaddedText:
 
 
 @dataclass(frozen=True, slots=True)
+class _Block:
+    """Chains `chains` of every sample of a span, and how many of its keys they can see at most."""
+
+    chains: slice
+    num_keys: int
+
+
+@dataclass(frozen=True, slots=True)
 class _PaddedSpan:
     span: SampleSpan
     scale: float
-    num_samples: int
     chain_slot: Tensor  # of each chain, in [B, C] flattened
     key_slot: Tensor  # of each key row, in [B, T] flattened
-    hidden_BCT: Tensor  # keys behind the chain's start
+    start_B1: Tensor  # the key row where a sample's first chain starts
+    last_start: int  # the greatest of them
     chain_shape: tuple[int, int]
     key_shape: tuple[int, int]
 
@@ -132,27 +142,28 @@ class _PaddedSpan:
         key_shape, chain_shape = (len(num_keys), max(num_keys)), (len(num_keys), max(num_chains))
         key_slot = torch.arange(max(num_keys)) < torch.tensor(num_keys)[:, None]
         chain_slot = torch.arange(max(num_chains)) < torch.tensor(num_chains)[:, None]
-        start_BC = torch.tensor([k - c for k, c in zip(num_keys, num_chains, strict=True)])[:, None]
-        start_BC = start_BC + torch.arange(max(num_chains))
-        hidden_BCT = torch.arange(max(num_keys)) > start_BC[..., None]
+        starts = [k - c for k, c in zip(num_keys, num_chains, strict=True)]
         device = batch.chain_key_Q.device
         return cls(
             span=span,
             scale=scale,
-            num_samples=len(num_keys),
             chain_slot=chain_slot.flatten().nonzero()[:, 0].to(device, non_blocking=True),
             key_slot=key_slot.flatten().nonzero()[:, 0].to(device, non_blocking=True),
-            hidden_BCT=hidden_BCT.to(device, non_blocking=True),
+            start_B1=torch.tensor(starts)[:, None].to(device, non_blocking=True),
+            last_start=max(starts),
             chain_shape=chain_shape,
             key_shape=key_shape,
         )
 
     def forward(self, q_nND: Tensor, k_sGD: Tensor, v_sGD: Tensor) -> tuple[Tensor, Tensor]:
         q, k, v = self._queries(q_nND, k_sGD.shape[1]), self._keys(k_sGD), self._keys(v_sGD)
-        scores = self._scores(q, k)
-        lse = scores.logsumexp(-1, keepdim=True)
-        out = (scores - lse).exp_().to(v.dtype) @ v
-        return self._rows(out), self._rows(lse)[..., 0]
+        outs, lses = [], []
+        for block in self._blocks(q_nND.shape[1]):
+            scores = self._scores(block, q, k)
+            lse = scores.logsumexp(-1, keepdim=True)
+            outs.append((scores - lse).exp_().to(v.dtype) @ v[:, :, : block.num_keys])
+            lses.append(lse)
+        return self._rows(torch.cat(outs, dim=2)), self._rows(torch.cat(lses, dim=2))[..., 0]
 
     def backward(
         self, grad_nND: Tensor, q_nND: Tensor, k_sGD: Tensor, v_sGD: Tensor, delta_nN: Tensor, lse_nN: Tensor
@@ -161,20 +172,41 @@ class _PaddedSpan:
         q, grad = self._queries(q_nND, num_groups), self._queries(grad_nND, num_groups)
         k, v = self._keys(k_sGD), self._keys(v_sGD)
         lse = self._queries(lse_nN[..., None], num_groups, fill=math.inf)  # no weight in slots without a chain
-        weights = (self._scores(q, k) - lse).exp_()
-        grad_scores = (grad @ v.transpose(2, 3)).to(weights.dtype) - self._queries(delta_nN[..., None], num_groups)
-        grad_scores = grad_scores.mul_(weights).mul_(self.scale).to(k.dtype)
-        dq = self._rows(grad_scores @ k)
-        dk = self._key_rows(grad_scores.transpose(2, 3) @ q)
-        dv = self._key_rows(weights.to(v.dtype).transpose(2, 3) @ grad)
-        return dq, dk, dv
+        delta = self._queries(delta_nN[..., None], num_groups)
+        dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        for block in self._blocks(q_nND.shape[1]):
+            rows, keys = self._rows_of(block, q), slice(block.num_keys)
+            weights = (self._scores(block, q, k) - lse[:, :, rows]).exp_()
+            grad_scores = (grad[:, :, rows] @ v[:, :, keys].transpose(2, 3)).to(weights.dtype).sub_(delta[:, :, rows])
+            grad_scores = grad_scores.mul_(weights).mul_(self.scale).to(k.dtype)
+            dq[:, :, rows] = grad_scores @ k[:, :, keys]
+            dk[:, :, keys] += grad_scores.transpose(2, 3) @ q[:, :, rows]
+            dv[:, :, keys] += weights.to(v.dtype).transpose(2, 3) @ grad[:, :, rows]
+        return self._rows(dq), self._key_rows(dk), self._key_rows(dv)
 
-    def _scores(self, q: Tensor, k: Tensor) -> Tensor:
-        """[B, G, C * g, T], at least float32, -inf where a key is not seen."""
-        scores = q @ k.transpose(2, 3)
+    def _blocks(self, num_heads: int) -> Iterator[_Block]:
+        """Chains in blocks whose scores stay within `_SCORE_ELEMENTS`, or of one chain; keys that none sees are left
+        out, about half of the products of a long text."""
+        (num_samples, num_chains), longest = self.chain_shape, self.key_shape[1]
+        size = max(1, _SCORE_ELEMENTS[self.chain_slot.device.type] // (num_samples * num_heads * longest))
+        for first in range(0, num_chains, size):
+            end = min(first + size, num_chains)
+            yield _Block(slice(first, end), min(longest, self.last_start + end))
+
+    def _scores(self, block: _Block, q: Tensor, k: Tensor) -> Tensor:
+        """[B, G, c * g, t] of a block, at least float32, -inf where a key is not seen."""
+        scores = q[:, :, self._rows_of(block, q)] @ k[:, :, : block.num_keys].transpose(2, 3)
         scores = scores.to(torch.promote_types(scores.dtype, torch.float32)).mul_(self.scale)
-        scores.unflatten(2, (self.chain_shape[1], -1)).masked_fill_(self.hidden_BCT[:, None, :, None], -math.inf)
+        chain_c = torch.arange(block.chains.start, block.chains.stop, device=q.device)
+        last_seen_Bc = self.start_B1 + chain_c
+        hidden_Bct = torch.arange(block.num_keys, device=q.device) > last_seen_Bc[..., None]
+        scores.unflatten(2, (len(chain_c), -1)).masked_fill_(hidden_Bct[:, None, :, None], -math.inf)
         return scores
+
+    def _rows_of(self, block: _Block, q: Tensor) -> slice:
+        """Of a block's queries, in the axis of chains and heads of a group."""
+        group = q.shape[2] // self.chain_shape[1]
+        return slice(block.chains.start * group, block.chains.stop * group)
 
     def _queries(self, rows_nNX: Tensor, num_groups: int, fill: float = 0.0) -> Tensor:
         """[n, N, X] to [B, G, C * g, X]."""

@@ -54,7 +54,7 @@ def unroll(draft: Eagle3, batch: DraftBatch, depth: int, numerics: Numerics = FA
 class DraftLoss:
     """Sums, so that data-parallel ranks can divide by the global count. Those by step are float64 [K], no gradient."""
 
-    loss_sum: Tensor  # scalar with gradient: sum over steps j of step_decay**j * loss
+    loss_sum: Tensor  # scalar with gradient: sum over steps j of step_decay**j * loss, by the batch's weights
     counts: tuple[int, ...]  # chains inside their text, by step
     kl_K: Tensor
     overlap_K: Tensor  # see `losses.Comparison`
@@ -95,6 +95,8 @@ def draft_loss(
     inside_KQ = batch.chain_rank_Q >= torch.arange(depth, device=batch.chain_rank_Q.device)[:, None]
     decay_K1 = torch.tensor([[step_decay**step] for step in range(depth)], dtype=dtype)
     weight_KQ = decay_K1.to(inside_KQ.device, non_blocking=True) * inside_KQ
+    if batch.weight_Q is not None:  # a row's steps stand together and predict the same token
+        weight_KQ = weight_KQ * batch.weight_Q.to(dtype)
     wants_posterior = rule is not None and posteriors
     task = HeadTask(batch, draft.target_ids, loss, weight_KQ, rule, wants_posterior, product_dtype)
     normed_KQH = draft.final_norm(torch.stack(states))

@@ -232,6 +232,131 @@ def test_pieces_of_any_size_give_the_same(monkeypatch: pytest.MonkeyPatch, eleme
         torch.testing.assert_close(a, b, atol=1e-12, rtol=1e-12)
 
 
+# ---- packed samples, windows, weights
+
+
+def cut_by_hand(sample: DraftSample, start: int, stop: int) -> DraftSample:
+    rows = slice(start, stop)
+    return replace(
+        sample,
+        token_ids=sample.token_ids[rows],
+        embeds=sample.embeds[rows],
+        aux_hidden=sample.aux_hidden[rows],
+        target_hidden=sample.target_hidden[rows],
+        prompt_len=max(sample.prompt_len - start, 1),
+    )
+
+
+@pytest.mark.parametrize("window", [0, 5, 8])
+def test_packed_equals_unpacked(window: int) -> None:
+    """Loss, figures, posteriors and every gradient of samples in one batch are those of each sample alone: no leak."""
+    samples, draft = mixed_samples(torch.float64), small_draft(dtype=torch.float64)
+    packed_batch = make_batch(samples, window=window)
+    packed = draft_loss(draft, packed_batch, DEPTH, 0.8, VerifyRule.REJECTION, loss=LossKind.LK)
+    packed.loss_sum.backward()
+    gradients = [weight.grad.clone() for weight in draft.parameters()]
+    draft.zero_grad()
+    alone = []
+    for sample in samples:
+        batch = make_batch([sample], window=window)
+        if batch is not None:
+            alone.append((sample, draft_loss(draft, batch, DEPTH, 0.8, VerifyRule.REJECTION, loss=LossKind.LK)))
+            alone[-1][1].loss_sum.backward()  # gradients add up, as over several forwards
+    assert len(alone) == 4
+    torch.testing.assert_close(packed.loss_sum, sum(result.loss_sum for _, result in alone), atol=1e-12, rtol=1e-12)
+    for name in ("kl_K", "overlap_K", "top1_K", "accept_K"):
+        torch.testing.assert_close(getattr(packed, name), sum(getattr(result, name) for _, result in alone))
+    assert packed.counts == tuple(map(sum, zip(*(result.counts for _, result in alone), strict=True)))
+    for found, weight in zip(gradients, draft.parameters(), strict=True):
+        torch.testing.assert_close(found, weight.grad, atol=1e-12, rtol=1e-10)
+    for index, (sample, result) in enumerate(alone):
+        if not window:  # each sample's chains stand together
+            mine = [at for at, (source, _) in enumerate(chain_sources(samples)) if samples[source] is sample]
+            torch.testing.assert_close(
+                packed.posterior_QK[mine], result.posterior_QK, atol=1e-12, rtol=0, msg=str(index)
+            )
+
+
+def test_windows_are_texts_cut_by_hand() -> None:
+    sample, draft = random_sample(20, 4, 3, dtype=torch.float64), small_draft(dtype=torch.float64)
+    batch = make_batch([sample], window=8)
+    by_hand = [cut_by_hand(sample, start, min(start + 8, 20)) for start in (0, 6, 12)]
+    expected = batch_of(by_hand)
+    assert batch.num_chains == expected.num_chains == (3, 6, 6) and sum(batch.num_chains) == 20 - 4 - 1
+    assert batch.next_index_Q.tolist() == list(range(5, 20)) and batch.key_position_S.max() == 5
+    for window in (20, 0):  # nothing to cut
+        assert make_batch([sample], window=window).num_chains == (15,)
+    results = [draft_loss(draft, b, 3, 0.8) for b in (batch, expected)]
+    assert torch.equal(results[0].loss_sum, results[1].loss_sum)
+    assert not torch.isclose(results[0].loss_sum, draft_loss(draft, batch_of([sample]), 3, 0.8).loss_sum)
+    with pytest.raises(ValueError, match="a window of 2 tokens"):
+        make_batch([sample], window=2)
+
+
+def test_the_coupled_noise_of_a_window_is_that_of_the_whole_text() -> None:
+    """Step 0 of a first window sees what it sees in the whole text; of later ones the index alone is checked."""
+    sample, draft = random_sample(20, 4, 3, dtype=torch.float64), small_draft(dtype=torch.float64)
+    whole = accept_posteriors(draft, batch_of([sample]), 1, VerifyRule.COUPLED)
+    windows = make_batch([sample], window=8)
+    first = accept_posteriors(draft, windows, 1, VerifyRule.COUPLED)[:3]
+    assert torch.equal(first, whole[:3])
+
+
+@pytest.mark.parametrize("window", [0, 5])
+def test_weights_multiply_each_tokens_loss(window: int) -> None:
+    """Twice the weight on one response token is its loss once more, at every step that predicts it."""
+    sample, draft = random_sample(12, 4, 3, dtype=torch.float64), small_draft(dtype=torch.float64)
+
+    def loss_of(weights: Tensor) -> Tensor:
+        batch = make_batch([sample], window=window, weights={(0, 3): weights})
+        return draft_loss(draft, batch, 3, 0.8).loss_sum.detach()
+
+    ones, plain = torch.ones(8, dtype=torch.float64), draft_loss(draft, make_batch([sample], window=window), 3, 0.8)
+    torch.testing.assert_close(loss_of(ones), plain.loss_sum.detach())
+    parts = [loss_of(torch.nn.functional.one_hot(torch.tensor(token), 8).double()) for token in range(8)]
+    assert parts[0] == 0 and all(part > 0 for part in parts[1:])  # the first token is sampled, never drafted
+    torch.testing.assert_close(loss_of(torch.arange(8.0)), sum(token * part for token, part in enumerate(parts)))
+
+
+class LargestTensor(TorchDispatchMode):
+    """Elements of the largest tensor that any operation returns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(tensor, Tensor):
+                self.elements = max(self.elements, tensor.untyped_storage().nbytes() // tensor.element_size())
+        return out
+
+
+@pytest.mark.parametrize("elements", [1, 3 * 4 * 17, 1 << 30])
+def test_blocks_of_scores_of_any_size_give_the_same(monkeypatch: pytest.MonkeyPatch, elements: int) -> None:
+    samples, draft = mixed_samples(torch.float64), small_draft(dtype=torch.float64)
+    found = []
+    for size in (1 << 22, elements):
+        monkeypatch.setitem(text_attention._SCORE_ELEMENTS, "cpu", size)
+        draft.zero_grad()
+        result = draft_loss(draft, batch_of(samples), DEPTH, 0.8)
+        result.loss_sum.backward()
+        found.append([result.loss_sum.detach(), *(weight.grad.clone() for weight in draft.parameters())])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-12, rtol=1e-10)
+
+
+def test_a_long_texts_scores_never_exist_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 1000 tokens and 4 heads they would be 4 million numbers; nothing else is larger than [unroll, tokens, ...]."""
+    monkeypatch.setitem(text_attention._SCORE_ELEMENTS, "cpu", 1 << 16)
+    long_config = replace(small_draft().config, max_position_embeddings=1024)
+    draft, batch = Eagle3(long_config), batch_of([random_sample(1000, 2, 0)])
+    with LargestTensor() as largest:
+        draft_loss(draft, batch, 4, 0.8).loss_sum.backward()
+    assert 4 * 1000 * 32 <= largest.elements <= 4 * 1000 * 48
+
+
 def test_bfloat16_products_stay_near_float32() -> None:
     """The same gradient but for rounding: its direction, its length, and the figures."""
     samples = [random_sample(24, 4, seed) for seed in range(12)]
