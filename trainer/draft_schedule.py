@@ -26,8 +26,9 @@ MIN_VERIFIES = 32  # fewer say nothing of a rollout's acceptance
 CLUSTERING = 1.5  # verify steps of one text are alike: their mean scatters this much more than independent ones'
 WINDOW = 24  # steps that the line is fitted to, at most
 MIN_REFERENCE = 3  # fewer are no line to fall below
-MIN_CLIMB = 5  # steps of training before their rise is believed
-MIN_RECOVERY = 4  # of those after a fall
+MIN_CLIMB = 5  # steps of training before their rise is believed,
+MAX_CLIMB = 8  # and the latest that it is taken from
+RECOVERY = 4  # of those after a fall, and the latest that its rise is taken from
 PATIENCE = 20  # of a draft that began with random weights, while its acceptance has not risen at all
 RISEN = 3.0  # times the noise: acceptance that is so much above where it began has risen
 PRIOR_STEPS = 4  # steps that the noise to expect beforehand counts for
@@ -103,8 +104,8 @@ class Phase(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """What is remembered from step to step. `reference` is what the line is fitted to, `climb` the steps of training
-    since it last began."""
+    """What is remembered from step to step. `reference` is what the line is fitted to; `climb` are the steps of
+    training since it last began, none while the draft rests."""
 
     slope_prior: float = 0.0  # tokens per nat, at most 0
     patience: int = MIN_CLIMB
@@ -112,13 +113,15 @@ class State:
     reference: tuple[Seen, ...] = ()
     climb: tuple[Seen, ...] = ()
     share: float = 0.0  # of the tokens, between falls
+    need: float = 0.0  # what the last cycle of rest and recovery came to, as a share
     rested: int = 0  # steps since the last fall, or since the learning ended
-    fall: float = 0.0  # the cumulative sum
+    fall: float = 0.0  # the cumulative sum,
+    falling: int = 0  # and the steps since it was 0, which are the latest of the reference
 
 
 @dataclass(frozen=True, slots=True)
 class Judgement:
-    """A rollout beside the line. `rise` is the gain of accept length per step of training, with its standard error."""
+    """A rollout beside the line. `rise` is the gain of accept length per step of the latest training."""
 
     seen: Seen | None
     expected: float | None = None  # accept length at this entropy; None without a line
@@ -126,7 +129,6 @@ class Judgement:
     z: float = 0.0
     fall: float = 0.0
     rise: float = 0.0
-    rise_error: float = 0.0
     has_risen: bool = False  # since the training began
 
     @property
@@ -165,15 +167,16 @@ def judge(state: State, seen: Seen | None) -> Judgement:
     if seen is None:
         return Judgement(None, fall=state.fall)
     slope, noise = fit(state, seen.standard_error)
-    rise, rise_error = rise_per_step([*state.climb, seen], slope, noise)
+    latest = RECOVERY if state.phase is Phase.RECOVERING else MAX_CLIMB
+    rise = rise_per_step([*state.climb, seen][-latest:], slope)
     has_risen = bool(state.climb) and seen.accept_length - state.climb[0].accept_length > RISEN * noise
     if len(state.reference) < MIN_REFERENCE:
-        return Judgement(seen, rise=rise, rise_error=rise_error, has_risen=has_risen)
+        return Judgement(seen, rise=rise, has_risen=has_risen)
     expected = _mean([p.accept_length for p in state.reference])
     expected += slope * (seen.entropy - _mean([p.entropy for p in state.reference]))
     residual = seen.accept_length - expected
     fall = max(0.0, state.fall - residual / noise - SLACK) if state.phase is Phase.RESTING else 0.0
-    return Judgement(seen, expected, residual, residual / noise, fall, rise, rise_error, has_risen)
+    return Judgement(seen, expected, residual, residual / noise, fall, rise, has_risen)
 
 
 def fit(state: State, standard_error: float) -> tuple[float, float]:
@@ -196,15 +199,13 @@ def fit(state: State, standard_error: float) -> tuple[float, float]:
     return slope, math.sqrt((PRIOR_STEPS * prior * prior + scatter) / (PRIOR_STEPS + len(points) - 1))
 
 
-def rise_per_step(climb: Sequence[Seen], slope: float, noise: float) -> tuple[float, float]:
-    """Accept length gained per step over the last MIN_CLIMB steps, entropy taken out, and its standard error."""
-    last = climb[-MIN_CLIMB:]
-    if len(last) < 2:
-        return 0.0, math.inf
-    t = _centred(list(range(len(last))))
-    y = _centred([p.accept_length - slope * p.entropy for p in last])
-    tt = sum(a * a for a in t)
-    return sum(a * b for a, b in zip(t, y, strict=True)) / tt, noise / math.sqrt(tt)
+def rise_per_step(climb: Sequence[Seen], slope: float) -> float:
+    """Accept length gained per step, entropy taken out: the slope of a line fitted over the steps."""
+    if len(climb) < 2:
+        return 0.0
+    t = _centred(list(range(len(climb))))
+    y = _centred([p.accept_length - slope * p.entropy for p in climb])
+    return sum(a * b for a, b in zip(t, y, strict=True)) / sum(a * a for a in t)
 
 
 def decide(state: State, judgement: Judgement, money: Money) -> Decision:
@@ -220,26 +221,27 @@ def decide(state: State, judgement: Judgement, money: Money) -> Decision:
     if state.phase is Phase.RESTING:
         falls = judgement.has_fallen and _return_pays(judgement, money)
         return Decision(1.0, Reason.DROP) if falls else _quiet(state, judgement, money)
-    settled = len(state.climb) >= MIN_RECOVERY and not _rise_pays(judgement, money)
-    return _quiet(state, judgement, money) if judgement.is_back or settled else Decision(1.0, Reason.RECOVER)
+    is_early = not judgement.is_back and len(state.climb) < RECOVERY
+    goes_on = money.steps_left and (is_early or _rise_pays(judgement, money))
+    return Decision(1.0, Reason.RECOVER) if goes_on else _quiet(state, judgement, money)
 
 
 def _quiet(state: State, judgement: Judgement, money: Money) -> Decision:
-    share = _share_to_keep(state)
+    share, _ = _share_to_keep(state)
     if money.is_losing or (judgement.seen is None and money.can_stop and money.verified == 0.0):
         return Decision(0.0, Reason.LOSING)
     return Decision(share, Reason.KEEP) if share and money.steps_left else Decision(0.0, Reason.REST)
 
 
 def _rise_pays(judgement: Judgement, money: Money) -> bool:
-    """Whether going on for a horizon would win more than it costs, the rise taken one standard error high.
+    """Whether going on for a horizon would win more than it costs; a steady rise wins half of its last step on average.
 
-    Half of what the last of its steps wins is the mean of a steady rise.
+    The rise is taken as it is, not at its best: where noise hides it, going on would be training always.
     """
     assert judgement.seen is not None
     steps = min(HORIZON, money.steps_left)
     now = judgement.seen.accept_length
-    later = now + max(0.0, judgement.rise + judgement.rise_error) * steps
+    later = now + max(0.0, judgement.rise) * steps
     return (money.seconds_at(now) - money.seconds_at(later)) / 2 > money.train_s
 
 
@@ -250,18 +252,20 @@ def _return_pays(judgement: Judgement, money: Money) -> bool:
     return lost_s * min(HORIZON, money.steps_left) > 2 * money.train_s
 
 
-def _share_to_keep(state: State) -> float:
-    """The share to train on between falls: what the last cycle of rest and recovery came to, halved after a calm.
+def _share_to_keep(state: State) -> tuple[float, float]:
+    """(share to train on between falls, need): what the last two cycles of rest and recovery both came to.
 
-    Below MIN_SHARE short trainings after a fall are cheaper than a little in every step.
+    One fall is a shock, two in a row are a drift. A fall in spite of a share doubles it, a long calm halves both. Below
+    MIN_SHARE short trainings after a fall are cheaper than a little in every step.
     """
-    share = state.share
+    share, need = state.share, state.need
     if state.phase is Phase.RECOVERING:
         steps = state.rested + len(state.climb)
-        share = (state.share * state.rested + len(state.climb)) / steps
+        need = (state.share * state.rested + len(state.climb)) / steps
+        share = min(1.0, max(min(need, state.need), 2 * state.share))
     elif state.phase is Phase.RESTING and state.rested and state.rested % CALM_STEPS == 0:
-        share = state.share / 2
-    return share if share >= MIN_SHARE else 0.0
+        share, need = share / 2, need / 2
+    return (share if share >= MIN_SHARE else 0.0), need
 
 
 _TRAINING = {
@@ -279,19 +283,31 @@ def advance(state: State, judgement: Judgement, decision: Decision) -> State:
         return state
     if decision.reason in _TRAINING:
         phase = _TRAINING[decision.reason]
-        climb = (seen,) if decision.reason is Reason.DROP else (*state.climb, seen)
-        reference = (*state.reference, seen)[-WINDOW:] if phase is Phase.LEARNING else state.reference
-        return replace(state, phase=phase, climb=climb[-WINDOW:], reference=reference, fall=0.0)
-    share = _share_to_keep(state)
-    if state.phase is Phase.RESTING:
-        reference = (seen,) if judgement.has_fallen else (*state.reference, seen)[-WINDOW:]  # a fall left alone: anew
-        rested, fall = state.rested + 1, 0.0 if judgement.has_fallen else judgement.fall
-        return replace(state, reference=reference, share=share, rested=rested, fall=fall)
+        upright = len(state.reference) - state.falling  # what already sagged is no measure of how good it can be
+        return replace(
+            state,
+            phase=phase,
+            reference=state.reference[:upright],
+            climb=(*state.climb, seen)[-WINDOW:],
+            fall=0.0,
+            falling=0,
+        )
+    share, need = _share_to_keep(state)
+    if state.phase is Phase.RESTING and not judgement.has_fallen:
+        falling = state.falling + 1 if judgement.fall > 0 else 0
+        return replace(
+            state,
+            reference=(*state.reference, seen)[-WINDOW:],
+            share=share,
+            need=need,
+            rested=state.rested + 1,
+            fall=judgement.fall,
+            falling=min(falling, WINDOW),
+        )
     is_new_level = state.phase is Phase.LEARNING or not judgement.is_back
-    last = state.climb[1 - MIN_CLIMB :] if is_new_level else state.reference
-    return replace(
-        state, phase=Phase.RESTING, reference=(*last, seen)[-WINDOW:], climb=(), share=share, rested=1, fall=0.0
-    )
+    reference = (*(state.climb[1 - RECOVERY :] if is_new_level else state.reference), seen)[-WINDOW:]
+    rest = State(state.slope_prior, state.patience, Phase.RESTING, reference)
+    return replace(rest, share=share, need=need, rested=1)
 
 
 def as_dict(state: State) -> dict[str, Any]:
@@ -305,8 +321,10 @@ def as_dict(state: State) -> dict[str, Any]:
         "reference": points(state.reference),
         "climb": points(state.climb),
         "share": state.share,
+        "need": state.need,
         "rested": state.rested,
         "fall": state.fall,
+        "falling": state.falling,
     }
 
 
@@ -318,8 +336,10 @@ def from_dict(start: State, data: dict[str, Any]) -> State:
         reference=tuple(Seen(*point) for point in data["reference"]),
         climb=tuple(Seen(*point) for point in data["climb"]),
         share=data["share"],
+        need=data["need"],
         rested=data["rested"],
         fall=data["fall"],
+        falling=data["falling"],
     )
 
 
