@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 
 from draft_models.eagle3 import Eagle3
-from rollout_engine.config import RolloutConfig
+from rollout_engine.config import RolloutConfig, SpeculationConfig
 from rollout_engine.hf_checkpoint import DecoderConfig
 from rollout_engine.types import BadRequest, EngineConfigError, RolloutRequest
 
@@ -15,7 +15,13 @@ _ALGORITHMS = ("EAGLE3", "NGRAM", "NONE")
 _RULES = ("rejection", "target_only", "coupled")
 
 
-def check_config(config: RolloutConfig, target: DecoderConfig, draft: Eagle3 | None, device: torch.device) -> None:
+def check_config(
+    config: RolloutConfig,
+    target: DecoderConfig,
+    draft: Eagle3 | None,
+    device: torch.device,
+    speculation: SpeculationConfig,
+) -> None:
     """Raise EngineConfigError for settings that contradict themselves, the target, the draft or the device."""
     if config.batch_invariant and device.type != "cpu":
         raise EngineConfigError(
@@ -36,6 +42,7 @@ def check_config(config: RolloutConfig, target: DecoderConfig, draft: Eagle3 | N
         )
     if config.max_running_requests < 1:
         raise EngineConfigError(f"rollout.max_running_requests = {config.max_running_requests}: at least 1 is needed")
+    check_history(speculation, config)
     if algorithm == "NONE":
         return
     if depth < 1:
@@ -53,6 +60,32 @@ def check_config(config: RolloutConfig, target: DecoderConfig, draft: Eagle3 | N
         )
     if algorithm == "EAGLE3":
         _check_draft(target, draft)
+
+
+def check_history(speculation: SpeculationConfig, config: RolloutConfig) -> None:
+    """Raise EngineConfigError where the engine has no history drafter, or its settings contradict each other."""
+    if not speculation.history:
+        return
+    if config.engine != "torch":
+        raise EngineConfigError(
+            "speculation.history = true with rollout.engine = 'sglang': SGLang runs one speculative algorithm, so its "
+            "n-gram trie cannot stand beside EAGLE-3; leave it out, or use rollout.engine = 'torch'"
+        )
+    if config.speculative_algorithm != "EAGLE3":
+        raise EngineConfigError(
+            f"speculation.history = true with rollout.speculative_algorithm = {config.speculative_algorithm!r}: "
+            "history drafts stand beside EAGLE3's; use that, or leave history out"
+        )
+    shortest, longest = speculation.history_min_match, speculation.history_max_match
+    if not 1 <= shortest <= longest:
+        raise EngineConfigError(
+            f"speculation.history_min_match = {shortest} and history_max_match = {longest}: they must be at least 1 "
+            "and in this order"
+        )
+    if not 0 <= speculation.history_min_confidence <= 1:
+        raise EngineConfigError(
+            f"speculation.history_min_confidence = {speculation.history_min_confidence}: it must be 0 to 1"
+        )
 
 
 def _check_draft(target: DecoderConfig, draft: Eagle3 | None) -> None:

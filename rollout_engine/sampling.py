@@ -34,6 +34,36 @@ class Proposal:
         probs = None if self.probs_BKV is None else F.pad(self.probs_BKV, (0, 0, 0, 0, 0, extra))
         return Proposal(tokens, probs, self.num_drafts + [0] * extra)
 
+    def with_given(self, given: Sequence[Sequence[int]]) -> Proposal:
+        """With other drafts, point masses, in the rows for which `given` has any; one entry for every row.
+
+        Where the other rows' drafts were drawn from laws, a point mass is a law too: one at its token.
+        """
+        rows = [row for row, tokens in enumerate(given) if tokens]
+        width = max(len(given[row]) for row in rows)
+        device, extra = self.tokens_BK.device, max(0, width - self.tokens_BK.shape[1])
+        tokens_BK = F.pad(self.tokens_BK, (0, extra))
+        padding = tokens_BK.shape[1] - width
+        given_RK = F.pad(_padded(given, rows, width, device), (0, padding))
+        rows_R = torch.tensor(rows, device=device)
+        tokens_BK[rows_R] = given_RK
+        probs_BKV = self.probs_BKV
+        if probs_BKV is not None:
+            probs_BKV = F.pad(probs_BKV, (0, 0, 0, extra))
+            probs_BKV[rows_R] = torch.zeros_like(probs_BKV[rows_R]).scatter_(2, given_RK[..., None], 1.0)
+        num_drafts = [len(tokens) or count for tokens, count in zip(given, self.num_drafts, strict=True)]
+        return Proposal(tokens_BK, probs_BKV, num_drafts)
+
+    @classmethod
+    def of_given(cls, given: Sequence[Sequence[int]], device: torch.device) -> Proposal:
+        """Point masses alone; one entry for every row, of which at least one is not empty."""
+        width = max(map(len, given))
+        return cls(_padded(given, range(len(given)), width, device), None, [len(tokens) for tokens in given])
+
+
+def _padded(given: Sequence[Sequence[int]], rows: Sequence[int], width: int, device: torch.device) -> torch.Tensor:
+    return torch.tensor([[*given[row], *[0] * (width - len(given[row]))] for row in rows], device=device)
+
 
 @dataclass(frozen=True, slots=True)
 class RowSampling:

@@ -20,9 +20,10 @@ from draft_models.eagle3 import Eagle3
 from draft_models.layers import BATCH_INVARIANT, FAST
 from draft_models.types import VerifyRule
 from rollout_engine.checks import check_config, check_requests
-from rollout_engine.config import RolloutConfig
+from rollout_engine.config import RolloutConfig, SpeculationConfig
 from rollout_engine.decoder import Decoder
 from rollout_engine.drafting import EagleDrafter, NgramProposer
+from rollout_engine.history import HistoryDrafter
 from rollout_engine.kv_cache import KVCache
 from rollout_engine.prefill import Prefix, PrefixCache
 from rollout_engine.rows import Row
@@ -34,6 +35,7 @@ from sync.inprocess import InProcessTransport
 from sync.plan import SyncError
 from sync.receiver import WeightReceiver
 
+_EAGLE3_ALONE = SpeculationConfig()
 _MEASURED_LENGTH = 64  # tokens of the rows that cost measurements decode
 
 
@@ -49,13 +51,14 @@ class TorchEngine:
         eos_token_ids: Sequence[int] = (),
         detokenize: Detokenize | None = None,
         version: int = 0,
+        speculation: SpeculationConfig = _EAGLE3_ALONE,
     ) -> None:
         """`detokenize` turns token ids into text; only requests with stop strings need it.
 
         A draft is used by EAGLE3 alone, but its weights are received with any algorithm. Raises EngineConfigError for
         settings that contradict themselves, the decoder, the draft or the cost table.
         """
-        check_config(config, decoder.config, draft, decoder.device)
+        check_config(config, decoder.config, draft, decoder.device, speculation)
         self._decoder = decoder
         self._config = config
         self._rule = VerifyRule(config.verify_rule)
@@ -80,10 +83,14 @@ class TorchEngine:
         if algorithm == "NGRAM":
             self._ngram = NgramProposer(config.ngram_min_match, config.ngram_max_match, decoder.device)
         self._max_depth = 0 if algorithm == "NONE" else config.speculative_num_steps
+        most_given = speculation.history_num_steps or self._max_depth if speculation.history else 0
         table = None
         if self._max_depth and config.controller == "adaptive" and config.cost_table:
-            table = load_cost_table(Path(config.cost_table), self._max_depth)
+            table = load_cost_table(Path(config.cost_table), self._max_depth, most_given)
         self._controller = DepthController(self._max_depth, table, learns_costs=not config.cost_table)
+        self._history = None
+        if speculation.history:
+            self._history = HistoryDrafter(speculation, self._controller, self._max_depth)
         self._prefixes = PrefixCache(decoder, self._eagle, self._numerics)
         self._rows: list[Row] = []
         self._sampling: RowSampling | None = None  # of the present rows; None when they have changed
@@ -124,11 +131,14 @@ class TorchEngine:
         return self._controller
 
     def state(self) -> dict[str, Any]:
-        return self._controller.state()
+        """The depth controller's, JSON-able, and with history its texts, as tensors."""
+        return self._controller.state() | ({"history": self._history.state()} if self._history is not None else {})
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Raises EngineConfigError when it was saved with another depth."""
         self._controller.load_state(state)
+        if self._history is not None and "history" in state:
+            self._history.load_state(state["history"])
 
     @torch.inference_mode()
     def measure_costs(self, budget_s: float = 1.0) -> CostTable:
@@ -138,12 +148,14 @@ class TorchEngine:
         rows = [Row(request, self._context_length, list(request.prompt_ids)) for _ in range(slots)]
         sampling = RowSampling.of([request.sampling] * slots, self._rule, self._decoder.device)
 
-        def step(batch: int, depth: int) -> None:
+        def step(batch: int, depth: int, width: int) -> None:
             if self._eagle is not None:
                 self._eagle.forget(batch, keep=len(request.prompt_ids) - 2 - depth)
-            self._decode(rows[:batch], sampling.first(batch), SpecPlan(depth, batch))
+            given = ((0,) * width,) * batch if width else ()
+            self._decode(rows[:batch], sampling.first(batch), SpecPlan(depth, batch if depth else 0, given))
 
-        table = measure_steps(step, slots, self._max_depth, budget_s)
+        most_given = self._history.max_tokens if self._history is not None else 0
+        table = measure_steps(step, slots, self._max_depth, budget_s, most_given)
         if self._ngram is not None:
             self._ngram.reset()
         return table
@@ -191,6 +203,8 @@ class TorchEngine:
         self._require_free()
         self._is_generating, self._pending = True, pending
         self._prefixes.expect(request.prompt_ids for request in pending)
+        if self._history is not None:
+            self._history.expect(request.prompt_ids for request in pending)
         try:
             while pending or self._rows:
                 self._require_clean()
@@ -207,8 +221,9 @@ class TorchEngine:
             pending.clear()
             self._rows.clear()
             self._aborted.clear()
-            if self._ngram is not None:
-                self._ngram.reset()
+            for drafter in (self._ngram, self._history):
+                if drafter is not None:
+                    drafter.reset()
             self._sampling, self._is_generating = None, False
 
     @torch.inference_mode()
@@ -253,13 +268,21 @@ class TorchEngine:
             params = [row.request.sampling for row in rows]
             self._sampling = RowSampling.of(params, self._rule, self._decoder.device)
         num_rows, start_s = len(rows), perf_counter()
-        plan = self._controller.plan(num_rows) if self._max_depth else SpecPlan(0, 0)
+        plan = self._plan(rows)
         emitted, proposal = self._decode(rows, self._sampling, plan)
-        if plan.depth:
+        if self._history is not None:
+            self._history.observe(plan, emitted.tokens, emitted.num_accepted)
+        elif plan.depth:
             self._controller.observe(plan, emitted.num_accepted[: plan.num_rows])
-        samples = self._commit(range(num_rows), emitted, proposal.num_drafts if proposal else [0] * num_rows)
+        num_drafts = proposal.num_drafts if proposal else [0] * num_rows
+        samples = self._commit(range(num_rows), emitted, num_drafts, plan.given)
         self._controller.observe_seconds(plan, num_rows, perf_counter() - start_s)
         return samples
+
+    def _plan(self, rows: list[Row]) -> SpecPlan:
+        if self._history is not None:
+            return self._history.plan(rows)
+        return self._controller.plan(len(rows)) if self._max_depth else SpecPlan(0, 0)
 
     def _decode(self, rows: list[Row], sampling: RowSampling, plan: SpecPlan) -> tuple[Emitted, Proposal | None]:
         """Every row's last token and its drafts through the target; as many tokens out as stand."""
@@ -278,13 +301,16 @@ class TorchEngine:
 
     def _propose(self, rows: list[Row], sampling: RowSampling, plan: SpecPlan) -> Proposal | None:
         if plan.depth == 0:
-            return None
+            return Proposal.of_given(plan.given, self._decoder.device) if plan.given else None
         proposal, first = None, rows[: plan.num_rows]
         if self._eagle is not None:
             proposal = self._eagle.propose(first, plan.depth, sampling.first(plan.num_rows))
         elif self._ngram is not None:
             proposal = self._ngram.propose(first, plan.depth)
-        return None if proposal is None else proposal.padded(len(rows))
+        if proposal is None:
+            return None
+        proposal = proposal.padded(len(rows))
+        return proposal.with_given(plan.given) if plan.given else proposal
 
     def _forward(self, tokens_BM: torch.Tensor, positions_BM: torch.Tensor, view_length: int) -> torch.Tensor:
         """Logits [B, M, V] of the first rows' tokens; K, V and captured states are kept."""
@@ -304,10 +330,12 @@ class TorchEngine:
         logprobs_BM = sampling.logprobs(logits_BMV, verified.tokens_BM)
         return Emitted(verified.tokens_BM.tolist(), verified.num_accepted_B.tolist(), logprobs_BM.tolist())
 
-    def _commit(self, slots: range, emitted: Emitted, num_drafts: list[int] | None) -> list[Sample]:
+    def _commit(
+        self, slots: range, emitted: Emitted, num_drafts: list[int] | None, given: Sequence[tuple[int, ...]] = ()
+    ) -> list[Sample]:
         """Append the emitted tokens to the rows of `slots`, and take out those that are finished.
 
-        `num_drafts` is None for tokens sampled from a prefill, which no decode statistics count.
+        `num_drafts` is None for tokens sampled from a prefill, which no decode statistics count. `given` is the plan's.
         """
         finished: list[tuple[int, FinishReason]] = []
         for index, slot in enumerate(slots):
@@ -322,7 +350,9 @@ class TorchEngine:
             elif len(row.tokens) == row.limit:
                 finished.append((slot, FinishReason.LENGTH))
             if num_drafts is not None:
-                row.counts.add_step(num_drafts[index], num_accepted, num_new if num_kept is None else num_kept)
+                num_stood = num_new if num_kept is None else num_kept
+                from_history = bool(given) and len(given[index]) > 0
+                row.counts.add_step(num_drafts[index], num_accepted, num_stood, from_history=from_history)
         samples = [self._rows[slot].sample(reason) for slot, reason in finished]
         self._remove([slot for slot, _ in finished])
         return samples
@@ -336,6 +366,8 @@ class TorchEngine:
     def _remove(self, slots: Iterable[int]) -> None:
         """Rows stay compact: the last one takes a removed one's place."""
         for slot in sorted(slots, reverse=True):
+            if self._history is not None:
+                self._history.finish(self._rows[slot])
             last = self._rows.pop()
             if slot < len(self._rows):
                 num_positions = len(last.tokens) - 1
@@ -355,6 +387,8 @@ class TorchEngine:
         self._version = self._receiver.version
         self._prefixes.clear()
         self._controller.new_weights()
+        if self._history is not None:
+            self._history.new_weights()
         if not self._rows:
             return
         device = self._decoder.device
@@ -377,6 +411,8 @@ class TorchEngine:
         for request in [request for request in self._pending if request.key in self._aborted]:
             self._pending.remove(request)
             self._prefixes.release(request.prompt_ids)
+            if self._history is not None:
+                self._history.release(request.prompt_ids)
             samples.append(Sample(request, (), (), (), FinishReason.ABORT))
         self._aborted.clear()
         return samples

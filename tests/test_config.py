@@ -148,7 +148,7 @@ GOOD = ("--rollout-batch-size=4", "--n-samples-per-prompt=4", *SOURCES)
         (["--speculation.history-max-tokens=0"], "history_max_tokens = 0"),
         (
             ["--speculation.history", "--speculation.history-min-match=9", "--speculation.history-max-match=8"],
-            "is above",
+            "must be at least 1 and in this order",
         ),
         (["--speculation.history", "--speculation.history-min-confidence=1.5"], "confidence = 1.5: it must be 0 to 1"),
         (["--speculation.history", "--speculative-algorithm=NGRAM"], "history drafts stand beside EAGLE3's"),

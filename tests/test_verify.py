@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from draft_models.verify import (
     target_probs,
     verify,
 )
+from rollout_engine.sampling import Proposal
 from tests.verify_helpers import ALMOST_ONE, Toy, outcome_law, plain_law, speculative_law
 
 TARGET_ONLY, REJECTION, COUPLED, GREEDY = (
@@ -44,6 +46,12 @@ TOYS = {
     "rejection, p and q are one-hot": Toy(REJECTION, seed=9, temperature=0.0, q_temperature=0.0),
     "rejection, q equals p": Toy(REJECTION, seed=10, q_is_p=True),
     "rejection, hot draft": Toy(REJECTION, seed=11, temperature=0.5, q_temperature=3.0),
+    "rejection, given drafts in between": Toy(REJECTION, seed=20, gives=True),
+    "rejection, given drafts, varying depth, top-k": Toy(REJECTION, seed=21, gives=True, vary_num_drafts=True, top_k=2),
+    "rejection, given drafts outside the draft vocabulary": Toy(
+        REJECTION, seed=22, vocab=4, k=1, q_ids=(1, 3), gives=True
+    ),
+    "target-only, given drafts in between": Toy(TARGET_ONLY, seed=23, gives=True, vary_num_drafts=True),
     "target-only": Toy(TARGET_ONLY, seed=12),
     "target-only, depth 3, varying": Toy(TARGET_ONLY, seed=13, k=3, vary_num_drafts=True),
     "target-only, top-p": Toy(TARGET_ONLY, seed=14, vocab=4, top_p=0.7),
@@ -96,6 +104,31 @@ def test_enumeration_sees_a_fault(fault: str, name: str, monkeypatch: pytest.Mon
     seam, broken = FAULTS[fault]
     monkeypatch.setattr(verify_module, seam, broken)
     assert law_error(TOYS[name]) > 1e-4
+
+
+def test_enumeration_sees_a_given_draft_that_is_taken_for_the_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tokens are history's, the laws that verification is told are still the draft model's."""
+    with_given = Proposal.with_given
+
+    def keeps_the_laws(self: Proposal, given: Sequence[Sequence[int]]) -> Proposal:
+        assert self.probs_BKV is not None
+        merged = with_given(dataclasses.replace(self, probs_BKV=None), given)
+        extra = merged.tokens_BK.shape[1] - self.tokens_BK.shape[1]
+        last = self.probs_BKV[:, -1:].expand(-1, extra, -1)
+        return dataclasses.replace(merged, probs_BKV=torch.cat((self.probs_BKV, last), 1))
+
+    monkeypatch.setattr(Proposal, "with_given", keeps_the_laws)
+    assert law_error(TOYS["rejection, given drafts in between"]) > 1e-3
+
+
+def test_given_drafts_stand_between_the_models() -> None:
+    """What the exactness tests above are about: rows of both sources, of different lengths, in one batch."""
+    toy = TOYS["rejection, given drafts in between"]
+    second = [toy.given((token,)) for token in range(toy.vocab)]
+    third = [toy.given((a, b)) for a in range(toy.vocab) for b in range(toy.vocab)]
+    for lengths in ({len(given) for given in second}, {len(given) for given in third}):
+        assert 0 in lengths and len(lengths) > 1
+    assert toy.k + 1 in {len(given) for given in third}
 
 
 def test_enumeration_sees_a_stale_proposal() -> None:

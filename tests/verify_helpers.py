@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor
 from draft_models import verify as verify_module
 from draft_models.types import VerifyRule
 from draft_models.verify import Noise, expand_draft_vocab, target_probs
+from rollout_engine.sampling import Proposal
 
 Prefix = tuple[int, ...]
 ALMOST_ONE = 1 - 2.0**-53
@@ -40,6 +41,7 @@ class Toy:
     q_ids: tuple[int, ...] = ()  # a reduced draft vocabulary
     q_is_p: bool = False
     vary_num_drafts: bool = False
+    gives: bool = False  # after some prefixes, other drafts than the model's are proposed: point masses, and deeper
     stale_q: bool = False  # a fault: verification is told the proposal of another prefix
 
     def p(self, prefix: Prefix) -> Tensor:
@@ -58,6 +60,13 @@ class Toy:
 
     def num_drafts(self, prefix: Prefix) -> int:
         return hash((self.seed, 2, *prefix)) % (self.k + 1) if self.vary_num_drafts else self.k
+
+    def given(self, prefix: Prefix) -> Prefix:
+        """1 to k + 1 tokens, or none, which leaves the draft model's."""
+        number = hash((self.seed, 3, *prefix))
+        if not self.gives or number % 2:
+            return ()
+        return tuple((number >> (5 * i)) % self.vocab for i in range(1, number // 2 % (self.k + 1) + 2))
 
 
 @functools.cache
@@ -80,36 +89,60 @@ def speculative_law(toy: Toy, length: int) -> Tensor:
     mass: dict[Prefix, float] = {(): 1.0}
     for done in range(length):
         starts = {prefix: weight for prefix, weight in mass.items() if len(prefix) == done}
-        for prefix, weight in starts.items():
+        for (prefix, weight), law in zip(starts.items(), steps(toy, list(starts)), strict=True):
             del mass[prefix]
-            for emitted, probability in one_step(toy, prefix).items():
+            for emitted, probability in law.items():
                 text = (prefix + emitted)[:length]
                 mass[text] = mass.get(text, 0.0) + weight * probability
-    law = torch.zeros([toy.vocab] * length, dtype=torch.float64)
+    total = torch.zeros([toy.vocab] * length, dtype=torch.float64)
     for text, weight in mass.items():
-        law[text] = weight
-    return law
+        total[text] = weight
+    return total
 
 
-def one_step(toy: Toy, prefix: Prefix) -> dict[Prefix, float]:
-    """P of the tokens that one verification emits after `prefix`, over all proposals and all uniforms."""
-    n = toy.num_drafts(prefix)
+def steps(toy: Toy, prefixes: Sequence[Prefix]) -> list[dict[Prefix, float]]:
+    """P of the tokens that one verification emits after each prefix, over all proposals and all uniforms.
+
+    All prefixes' rows are verified in one batch, those with given drafts among the others.
+    """
+    rows = [(prefix, *row) for prefix in prefixes for row in proposals(toy, prefix)]
+    given = [toy.given(prefix) for prefix, _, _ in rows]
+    padded = [draft + (0,) * (toy.k - len(draft)) for _, draft, _ in rows]
+    q_BKV = torch.stack(
+        [
+            torch.stack([toy.q(((9,) if toy.stale_q else ()) + row[0] + d[:j]) for j in range(toy.k)])
+            for row, d in zip(rows, padded, strict=True)
+        ]
+    )
+    proposal = Proposal(torch.tensor(padded), q_BKV, [len(draft) for _, draft, _ in rows])
+    if any(given):
+        proposal = proposal.with_given(given)
+    drafts = proposal.tokens_BK.tolist()
+    p_BMV = torch.stack(
+        [
+            torch.stack([toy.p(row[0] + tuple(d[:j])) for j in range(len(d) + 1)])
+            for row, d in zip(rows, drafts, strict=True)
+        ]
+    )
+    assert proposal.probs_BKV is not None
+    num_drafts = torch.tensor(proposal.num_drafts)
+    outcome = outcome_law(toy.rule, p_BMV, proposal.probs_BKV, proposal.tokens_BK, num_drafts)
+    laws: dict[Prefix, dict[Prefix, float]] = {prefix: {} for prefix in prefixes}
+    for row, (prefix, _, chance) in enumerate(rows):
+        for accepted in range(proposal.num_drafts[row] + 1):
+            for token in range(toy.vocab):
+                emitted = (*drafts[row][:accepted], token)
+                probability = chance * outcome[row, accepted, token].item()
+                laws[prefix][emitted] = laws[prefix].get(emitted, 0.0) + probability
+    return [laws[prefix] for prefix in prefixes]
+
+
+def proposals(toy: Toy, prefix: Prefix) -> list[tuple[Prefix, float]]:
+    """Every chain that the draft model may propose after the prefix, with its chance; none where drafts are given."""
+    n = 0 if toy.given(prefix) else toy.num_drafts(prefix)
     drafts = list(itertools.product(range(toy.vocab), repeat=n))
     chances = [torch.stack([toy.q(prefix + d[:j])[d[j]] for j in range(n)]).prod().item() if n else 1.0 for d in drafts]
-    drafts = [d for d, chance in zip(drafts, chances, strict=True) if chance > 0]
-    chances = [chance for chance in chances if chance > 0]
-    padded = [d + (0,) * (toy.k - n) for d in drafts]
-    p_BMV = torch.stack([torch.stack([toy.p(prefix + d[:j]) for j in range(toy.k + 1)]) for d in padded])
-    q_prefix = (9, *prefix) if toy.stale_q else prefix
-    q_BKV = torch.stack([torch.stack([toy.q(q_prefix + d[:j]) for j in range(toy.k)]) for d in padded])
-    outcome = outcome_law(toy.rule, p_BMV, q_BKV, torch.tensor(padded), torch.full((len(drafts),), n))
-    law: dict[Prefix, float] = {}
-    for row, (draft, chance) in enumerate(zip(drafts, chances, strict=True)):
-        for accepted in range(n + 1):
-            for token in range(toy.vocab):
-                emitted = (*draft[:accepted], token)
-                law[emitted] = law.get(emitted, 0.0) + chance * outcome[row, accepted, token].item()
-    return law
+    return [(d, chance) for d, chance in zip(drafts, chances, strict=True) if chance > 0]
 
 
 def outcome_law(

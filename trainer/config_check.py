@@ -8,6 +8,7 @@ from typing import Any
 
 from draft_models.config import DraftConfig
 from draft_models.losses import LossKind
+from rollout_engine.checks import check_history
 from rollout_engine.config import RolloutConfig, SpeculationConfig
 from rollout_engine.sglang_checks import check_draft_vocabulary, check_sglang, check_sync_folder, check_torch
 from rollout_engine.types import EngineConfigError
@@ -154,28 +155,11 @@ def check_rollout(rollout: RolloutConfig, deterministic: bool = False) -> list[s
 
 
 def check_speculation(speculation: SpeculationConfig, rollout: RolloutConfig) -> None:
-    """ConfigError for a drafter beside EAGLE-3 that the engine does not have."""
-    if not speculation.history:
-        return
-    if rollout.engine != "torch":
-        raise ConfigError(
-            "speculation.history = true with rollout.engine = 'sglang': SGLang runs one speculative algorithm, so its "
-            "n-gram trie cannot stand beside EAGLE-3; leave it out, or use rollout.engine = 'torch'"
-        )
-    if rollout.speculative_algorithm != "EAGLE3":
-        raise ConfigError(
-            f"speculation.history = true with rollout.speculative_algorithm = {rollout.speculative_algorithm!r}: "
-            "history drafts stand beside EAGLE3's; use that, or leave history out"
-        )
-    if speculation.history_min_match > speculation.history_max_match:
-        raise ConfigError(
-            f"speculation.history_min_match = {speculation.history_min_match} is above "
-            f"speculation.history_max_match = {speculation.history_max_match}"
-        )
-    if not 0 <= speculation.history_min_confidence <= 1:
-        raise ConfigError(
-            f"speculation.history_min_confidence = {speculation.history_min_confidence}: it must be 0 to 1"
-        )
+    """ConfigError for a history drafter that the engine does not have."""
+    try:
+        check_history(speculation, rollout)
+    except EngineConfigError as error:
+        raise ConfigError(str(error)) from None
 
 
 def _check_engine(rollout: RolloutConfig) -> list[str]:

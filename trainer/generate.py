@@ -12,7 +12,7 @@ from typing import Any
 
 from rollout_engine.types import Sample, SamplingParams, SpecStats
 from trainer.config import DataConfig, RunConfig
-from trainer.config_check import check_rollout, refuse_training
+from trainer.config_check import check_rollout, check_speculation, refuse_training
 from trainer.config_load import Override, load_config
 from trainer.data import Prompt, load_prompts, one_prompt
 from trainer.rollouts import make_requests
@@ -35,7 +35,8 @@ def generate(
     )
     requests = make_requests(prompts, sampling, config.data.n_samples_per_prompt, config.seed, step=0)
     with tempfile.TemporaryDirectory(prefix="slipstream-generate-") as work_dir:
-        engine = build_engine(policy, rollout, eagle3, tokenizer, Path(work_dir), serves_files=True)
+        folder, speculation = Path(work_dir), config.speculation
+        engine = build_engine(policy, rollout, eagle3, tokenizer, folder, speculation=speculation, serves_files=True)
         try:
             engine.warm_up()
             start = time.perf_counter()
@@ -59,6 +60,7 @@ def _config(draft: Path | None, overrides: Sequence[Override]) -> RunConfig:
         Override("", "data.n_samples_per_prompt", "1"),
     ]
     config = load_config(None, [*defaults, *overrides])
+    check_speculation(config.speculation, config.rollout)
     for warning in check_rollout(config.rollout):
         print(f"slipstream: warning: {warning}", file=sys.stderr)
     return config

@@ -338,7 +338,15 @@ def _start_engine(
     engines: list[RolloutEngine] = []
 
     def start() -> None:
-        engines.append(build_engine(inputs.folder, config.rollout, draft, inputs.tokenizer, directory.engine))
+        engine = build_engine(
+            inputs.folder,
+            config.rollout,
+            draft,
+            inputs.tokenizer,
+            directory.engine,
+            speculation=config.speculation,
+        )
+        engines.append(engine)
 
     try:
         from_rank_zero(start)

@@ -11,7 +11,7 @@ import torch
 
 from draft_models.checkpoint import load_draft, save_draft
 from draft_models.eagle3 import DraftError, Eagle3
-from rollout_engine.config import RolloutConfig
+from rollout_engine.config import RolloutConfig, SpeculationConfig
 from rollout_engine.decoder import Decoder
 from rollout_engine.hf_checkpoint import CheckpointError
 from rollout_engine.sglang_preflight import check_folder, check_start
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from rollout_engine.sglang_engine import SGLangEngine
 
+_EAGLE3_ALONE = SpeculationConfig()
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 
 
@@ -134,6 +135,7 @@ def build_engine(
     tokenizer: PreTrainedTokenizerBase,
     work_dir: Path,
     *,
+    speculation: SpeculationConfig = _EAGLE3_ALONE,
     serves_files: bool = False,
 ) -> RolloutEngine:
     """An engine for `policy` (and `draft`, which it takes over); the caller closes it.
@@ -144,11 +146,15 @@ def build_engine(
     """
     if rollout.engine == "sglang":
         return start_sglang(policy, rollout, draft, tokenizer, work_dir, serves_files=serves_files)
-    return _embedded_engine(policy, rollout, draft, tokenizer)
+    return _embedded_engine(policy, rollout, draft, tokenizer, speculation)
 
 
 def _embedded_engine(
-    policy: Path, rollout: RolloutConfig, draft: Eagle3 | None, tokenizer: PreTrainedTokenizerBase
+    policy: Path,
+    rollout: RolloutConfig,
+    draft: Eagle3 | None,
+    tokenizer: PreTrainedTokenizerBase,
+    speculation: SpeculationConfig,
 ) -> TorchEngine:
     dtype, device = DTYPES[rollout.dtype], device_of(rollout)
     try:
@@ -163,6 +169,7 @@ def _embedded_engine(
         # with special tokens, since stop strings such as <|im_end|> are some
         detokenize=lambda ids: tokenizer.decode(list(ids), skip_special_tokens=False),
         version=-1,  # nothing is served before the first sync, which is version 0 or the resumed step
+        speculation=speculation,
     )
 
 

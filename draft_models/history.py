@@ -1,0 +1,244 @@
+"""What was written before, as a drafter: an index over texts that share a prompt, and a store of finished ones.
+
+A policy that answers one prompt many times repeats itself: in a group's siblings, finished or not, and in the same
+prompt's earlier epochs. What followed the same words there is a proposal without any forward, and how often it followed
+is a first hint of whether it will stand. Prompt-lookup decoding (Saxena 2023) and SuffixDecoding (Oliaro et al. 2025)
+look things up in a text and in a cache of outputs; here the matches are weighed by measured acceptance (see
+`rollout_engine.history_plan`). A proposal is a point mass: verified exactly by every rule.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+_MAX_CANDIDATES = 8  # places looked at for one proposal, the latest first: what bounds a look-up's time
+_POSITION_BITS = 32  # of a place: its text's number stands above them
+_POSITION_MASK = (1 << _POSITION_BITS) - 1
+_LEVELS_OF_A_CHAIN = 2
+_SUPPORTS = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """What followed the longest match of a text's end, and what kind of match that was."""
+
+    tokens: tuple[int, ...]  # the proposal; at least one token
+    kind: int  # 0 .. HistoryIndex.num_kinds - 1: places that agreed as long, and on the next token, as much
+
+
+class HistoryIndex:
+    """The texts of one prompt, growing or finished; each is looked up in all of them, itself included.
+
+    Places where the same `min_match` tokens stood are chained from the latest to the first, as LZ77 compressors do it
+    (Deutsch 1996), and so are those where four times as many did, so that a long match is found behind many short
+    ones. Adding a token is two dictionary entries and a look-up is at most `_MAX_CANDIDATES` comparisons, whatever the
+    texts' lengths.
+    """
+
+    def __init__(self, min_match: int, max_match: int) -> None:
+        if not 1 <= min_match <= max_match:
+            raise ValueError(
+                f"history match lengths must be 1 <= min <= max, found min {min_match} and max {max_match}"
+            )
+        levels = match_levels(min_match, max_match)
+        self._chains = tuple(
+            _Chain(first, levels[first : first + _LEVELS_OF_A_CHAIN])
+            for first in reversed(range(0, len(levels), _LEVELS_OF_A_CHAIN))
+        )
+        self._texts: list[list[int]] = []
+        self._indexed: list[int] = []  # tokens of each text that the chains know as followers
+
+    def add(self, text: list[int], start: int = 0) -> int:
+        """A text's number. It is kept by reference and may grow; what follows before `start` is never proposed.
+
+        The first `start` tokens are a prompt that another text has brought already.
+        """
+        number = len(self._texts)
+        self._texts.append(text)
+        self._indexed.append(start)
+        for chain in self._chains:
+            chain.older.append(array("q"))
+            chain.starts.append(start)
+        self.extend(number)
+        return number
+
+    def extend(self, number: int) -> None:
+        """Take in what a text has grown by."""
+        text, first = self._texts[number], self._indexed[number]
+        end, place = len(text), number << _POSITION_BITS
+        for chain in self._chains:
+            length, latest, older = chain.length, chain.latest, chain.older[number]
+            for position in range(first, end):
+                if position < length:
+                    older.append(-1)
+                    continue
+                key = hash(tuple(text[position - length : position]))
+                older.append(latest.get(key, -1))
+                latest[key] = place + position
+        self._indexed[number] = end
+
+    def look_up(self, number: int, num_tokens: int) -> Match | None:
+        """Up to `num_tokens` that may follow text `number` now; None when its end was never seen before.
+
+        `extend` comes first. Of the places that agree longest, the follower that most of them have wins, the latest of
+        equals.
+        """
+        text = self._texts[number]
+        end = len(text)
+        for chain in self._chains:
+            if chain.length > end:
+                continue
+            place = chain.latest.get(hash(tuple(text[end - chain.length :])), -1)
+            if place >= 0:
+                level, found = self._longest(chain, place, text)
+                return self._match(text, level, found, num_tokens)
+        return None
+
+    def _longest(self, chain: _Chain, place: int, text: list[int]) -> tuple[int, list[tuple[list[int], int]]]:
+        """The level of the longest agreement among the latest places of a chain, and those of them that reach it."""
+        texts, older, starts, end = self._texts, chain.older, chain.starts, len(text)
+        longer = [(n, text[end - n :]) for n in chain.longer if n <= end]
+        best, found, num_left = 0, [], _MAX_CANDIDATES
+        while place >= 0 and num_left:
+            other, position = place >> _POSITION_BITS, place & _POSITION_MASK
+            candidate, level = texts[other], 0
+            for n, tail in longer:
+                if n > position or candidate[position - n : position] != tail:
+                    break
+                level += 1
+            if level == best:
+                found.append((candidate, position))
+            elif level > best:
+                best, found = level, [(candidate, position)]
+            place = older[other][position - starts[other]]
+            num_left -= 1
+        return chain.level + best, found
+
+    def _match(self, text: list[int], level: int, found: list[tuple[list[int], int]], num_tokens: int) -> Match:
+        followers = [candidate[position] for candidate, position in found]
+        token = followers[0]
+        agreeing = followers.count(token)
+        if 2 * agreeing <= len(followers):  # the latest has no majority: the most frequent, of equals the latest
+            token = max(dict.fromkeys(followers), key=followers.count)
+            agreeing = followers.count(token)
+        candidate, position = found[followers.index(token)]
+        tokens = list(candidate[position : position + num_tokens])
+        if candidate is text:
+            # A match that runs into the end of this very text is a loop: read on in what was just proposed.
+            period = len(text) - position
+            while len(tokens) < num_tokens:
+                tokens.append(tokens[-period])
+        return Match(tuple(tokens), level * _SUPPORTS + _support(agreeing, len(found)))
+
+
+class _Chain:
+    """Places by their last `length` tokens: the latest of each, and for every place the one before it, or -1."""
+
+    __slots__ = ("latest", "length", "level", "longer", "older", "starts")
+
+    def __init__(self, level: int, lengths: tuple[int, ...]) -> None:
+        """`lengths` are those of match levels `level`, `level` + 1 ..; the chain is of the first."""
+        self.level = level
+        self.length, *self.longer = lengths
+        self.latest: dict[int, int] = {}  # hash of the tokens -> place; a collision makes a useless proposal, no more
+        self.older: list[array[int]] = []  # by text and position, from that text's start on
+        self.starts: list[int] = []
+
+
+def match_levels(min_match: int, max_match: int) -> tuple[int, ...]:
+    """Match lengths that are told apart: min_match, doubled while it is at most max_match."""
+    levels = [min_match]
+    while 2 * levels[-1] <= max_match:
+        levels.append(2 * levels[-1])
+    return tuple(levels)
+
+
+def num_kinds(num_levels: int) -> int:
+    return num_levels * _SUPPORTS
+
+
+def _support(agreeing: int, total: int) -> int:
+    """How far the places agree on what follows: less than half, contested, one place, two or three, or more of them."""
+    if agreeing < total:
+        return int(2 * agreeing >= total)
+    return 2 if total == 1 else 3 if total <= 3 else 4
+
+
+@dataclass(frozen=True, slots=True)
+class _Finished:
+    prompt: tuple[int, ...]
+    response: array[int]
+
+
+class HistoryStore:
+    """Finished responses by what their prompt says, of at most `max_tokens`; those that finished first go first.
+
+    A prompt is its token ids: other numbers that a run gives it change from epoch to epoch. A prompt's own tokens
+    count as often as it has responses, which bounds from above what is held.
+    """
+
+    def __init__(self, max_tokens: int) -> None:
+        self._max_tokens = max_tokens
+        self._by_age: deque[_Finished] = deque()
+        self._by_prompt: dict[tuple[int, ...], deque[_Finished]] = {}
+        self.num_tokens = 0
+
+    def add(self, prompt: tuple[int, ...], response: Sequence[int]) -> None:
+        text = _Finished(prompt, array("i", response))
+        self._by_age.append(text)
+        self._by_prompt.setdefault(prompt, deque()).append(text)
+        self.num_tokens += len(prompt) + len(response)
+        while self.num_tokens > self._max_tokens:
+            self._forget_oldest()
+
+    def responses(self, prompt: tuple[int, ...], max_tokens: int) -> list[list[int]]:
+        """The prompt's latest responses that have at most `max_tokens` together, the oldest of them first."""
+        found: list[list[int]] = []
+        for text in reversed(self._by_prompt.get(prompt, ())):
+            max_tokens -= len(text.response)
+            if max_tokens < 0:
+                break
+            found.append(text.response.tolist())
+        return found[::-1]
+
+    def state(self) -> dict[str, Any]:
+        """For a checkpoint: a few flat tensors, a copy. int32 tokens."""
+        prompts = {prompt: number for number, prompt in enumerate(self._by_prompt)}
+        return {
+            "prompt_tokens": torch.tensor([token for prompt in prompts for token in prompt], dtype=torch.int32),
+            "prompt_lengths": torch.tensor([len(prompt) for prompt in prompts], dtype=torch.int64),
+            "tokens": _joined([text.response for text in self._by_age]),
+            "lengths": torch.tensor([len(text.response) for text in self._by_age], dtype=torch.int64),
+            "prompts": torch.tensor([prompts[text.prompt] for text in self._by_age], dtype=torch.int64),
+        }
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Replaces what is held; of more than `max_tokens` the oldest are left out."""
+        self._by_age.clear()
+        self._by_prompt.clear()
+        self.num_tokens = 0
+        prompts = [tuple(part.tolist()) for part in state["prompt_tokens"].split(state["prompt_lengths"].tolist())]
+        responses = state["tokens"].split(state["lengths"].tolist())
+        for response, prompt in zip(responses, state["prompts"].tolist(), strict=True):
+            self.add(prompts[prompt], response.tolist())
+
+    def _forget_oldest(self) -> None:
+        text = self._by_age.popleft()
+        same_prompt = self._by_prompt[text.prompt]
+        same_prompt.popleft()
+        if not same_prompt:
+            del self._by_prompt[text.prompt]
+        self.num_tokens -= len(text.prompt) + len(text.response)
+
+
+def _joined(parts: Sequence[array[int]]) -> torch.Tensor:
+    joined = array("i")
+    for part in parts:
+        joined.extend(part)
+    return torch.frombuffer(joined, dtype=torch.int32).clone() if joined else torch.zeros(0, dtype=torch.int32)

@@ -1,0 +1,108 @@
+"""History drafts as the engine drives them: which texts each running row can look things up in."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from draft_models.history import HistoryIndex, HistoryStore, Match
+from rollout_engine.config import SpeculationConfig
+from rollout_engine.history_plan import SourcePlanner
+from rollout_engine.rows import Row
+from rollout_engine.speculation import DepthController, SpecPlan
+
+_INDEXED_TOKENS = 1 << 16  # of a prompt's earlier responses: what its first request waits for, about 0.5 us a token
+
+
+class HistoryDrafter:
+    """An index for every prompt that has requests running, over its earlier responses and all its siblings.
+
+    An index is made with the first of a prompt's requests and dropped with the last. What a row finds depends on how
+    far its siblings are, hence on scheduling: under TARGET_ONLY and REJECTION so do the tokens, though not their law;
+    under GREEDY and COUPLED nothing does.
+    """
+
+    def __init__(self, config: SpeculationConfig, controller: DepthController, max_depth: int) -> None:
+        """`controller` plans the draft model's chains of up to `max_depth` tokens; history stands beside it."""
+        self._planner = SourcePlanner(controller, config, max_depth)
+        self._match_lengths = (config.history_min_match, config.history_max_match)
+        self._store = HistoryStore(config.history_max_tokens)
+        self.reset()
+
+    def reset(self) -> None:
+        """Drop the running texts; finished ones and what was measured stay."""
+        self._matches: list[Match | None] = []
+        self._expected: Counter[tuple[int, ...]] = Counter()
+        self._indices: dict[tuple[int, ...], HistoryIndex] = {}
+        self._running: dict[tuple[int, int], tuple[HistoryIndex, int]] = {}  # by request: index, number of its text
+
+    def expect(self, prompts: Iterable[tuple[int, ...]]) -> None:
+        """One prompt for every request to come."""
+        self._expected.update(prompts)
+
+    @property
+    def max_tokens(self) -> int:
+        """Of one draft."""
+        return self._planner.max_width
+
+    def plan(self, rows: Sequence[Row]) -> SpecPlan:
+        """For the next step of these rows: how much the draft model drafts, and what history does instead."""
+        self._matches = self.look_up(rows, self.max_tokens)
+        return self._planner.plan(self._matches)
+
+    def observe(self, plan: SpecPlan, emitted: Sequence[Sequence[int]], accepted: Sequence[int]) -> None:
+        """What became of the step that was planned last: `emitted` tokens by row, the first `accepted` being drafts."""
+        self._planner.observe(plan, self._matches, emitted, accepted)
+
+    def new_weights(self) -> None:
+        """Policy and draft have changed: what was measured says less."""
+        self._planner.new_weights()
+
+    def look_up(self, rows: Sequence[Row], num_tokens: int) -> list[Match | None]:
+        """What may follow each row, at most `num_tokens`; None where nothing matches or no draft would be kept."""
+        running = [self._running.get(row.request.key) or self._admit(row) for row in rows]
+        for index, number in running:
+            index.extend(number)
+        found: list[Match | None] = []
+        for row, (index, number) in zip(rows, running, strict=True):
+            most = min(num_tokens, row.limit - len(row.tokens) - 1)
+            found.append(index.look_up(number, most) if most > 0 else None)
+        return found
+
+    def finish(self, row: Row) -> None:
+        """The row has ended: its siblings and later epochs may look it up."""
+        if len(row.tokens) > row.prompt_len:
+            self._store.add(row.request.prompt_ids, row.tokens[row.prompt_len :])
+        running = self._running.pop(row.request.key, None)
+        if running is not None:
+            index, number = running
+            index.extend(number)
+        self.release(row.request.prompt_ids)
+
+    def release(self, prompt: tuple[int, ...]) -> None:
+        """A request for this prompt is over, or will never run."""
+        self._expected[prompt] -= 1
+        if self._expected[prompt] <= 0:
+            del self._expected[prompt]
+            self._indices.pop(prompt, None)
+
+    def state(self) -> dict[str, Any]:
+        """For a checkpoint: the finished texts and how history drafts fared."""
+        return {"texts": self._store.state(), "planner": self._planner.state()}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Raises EngineConfigError when it was saved under other settings."""
+        self._planner.load_state(state["planner"])
+        self._store.load_state(state["texts"])
+
+    def _admit(self, row: Row) -> tuple[HistoryIndex, int]:
+        prompt = row.request.prompt_ids
+        index = self._indices.get(prompt)
+        if index is None:
+            index = self._indices[prompt] = HistoryIndex(*self._match_lengths)
+            index.add(list(prompt))
+            for response in self._store.responses(prompt, _INDEXED_TOKENS):
+                index.add([*prompt, *response], start=len(prompt))
+        running = self._running[row.request.key] = (index, index.add(row.tokens, start=len(prompt)))
+        return running

@@ -1,0 +1,150 @@
+"""The index over a prompt's texts against looking everything up by hand, and what the store of finished texts keeps."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+
+import pytest
+import torch
+
+import draft_models.history as history_module
+from draft_models.history import HistoryIndex, HistoryStore, match_levels, num_kinds
+
+Texts = dict[int, list[int]]
+Place = tuple[int, int]  # number of a text, index of what followed
+
+
+def by_hand(texts: Texts, places: list[Place], number: int, levels: tuple[int, ...], num_tokens: int) -> list[int]:
+    """What the index should propose, from all places of all texts in the order in which they were taken in."""
+    text = texts[number]
+
+    def agreement(place: Place) -> int:
+        other, position = place
+        before = texts[other][:position]
+        return sum(len(before) >= n and len(text) >= n and before[-n:] == text[-n:] for n in levels)
+
+    for first in (2, 0):  # the long chain, then the short one
+        found = [place for place in reversed(places) if agreement(place) > first][: history_module._MAX_CANDIDATES]
+        if not found:
+            continue
+        longest = max(map(agreement, found))
+        best = [place for place in found if agreement(place) == longest]
+        followers = [texts[other][position] for other, position in best]
+        counts = Counter(followers)
+        token = followers[0] if 2 * counts[followers[0]] > len(followers) else max(counts, key=lambda t: counts[t])
+        other, position = best[followers.index(token)]
+        read_on = texts[other][position:]
+        while other == number and len(read_on) < num_tokens:
+            read_on.append(read_on[-(len(text) - position)])
+        return read_on[:num_tokens]
+    return []
+
+
+@pytest.mark.parametrize("vocab", [2, 4, 12])
+def test_look_ups_are_those_made_by_hand(vocab: int) -> None:
+    """Texts that grow in turns, some with a prompt that they share, over few and over many words."""
+    rng = random.Random(vocab)
+    index, levels = HistoryIndex(1, 8), match_levels(1, 8)
+    prompt = [rng.randrange(vocab) for _ in range(6)]
+    texts: Texts = {}
+    places: list[Place] = []
+    for _ in range(5):
+        text = list(prompt)
+        number = index.add(text, start=0 if not texts else len(prompt))
+        places += [(number, position) for position in range(1, len(prompt))] if not texts else []
+        texts[number] = text
+    num_found = 0
+    for _ in range(400):
+        number = rng.randrange(5)
+        grown = [rng.randrange(vocab) for _ in range(rng.randrange(1, 5))]
+        places += [(number, len(texts[number]) + i) for i in range(len(grown))]
+        texts[number] += grown
+        index.extend(number)
+        match = index.look_up(number, 4)
+        assert list(match.tokens if match else ()) == by_hand(texts, places, number, levels, 4)
+        num_found += match is not None
+    assert num_found > 300
+
+
+def kind(level: int, support: int) -> int:
+    return level * history_module._SUPPORTS + support
+
+
+def test_kinds_tell_length_and_agreement() -> None:
+    index = HistoryIndex(2, 8)
+    for text in ([1, 2, 3, 4, 5, 6, 7, 8, 9], [4, 4, 7, 8, 9], [1, 1, 7, 8, 9], [6, 6, 7, 8, 5]):
+        index.add(text)
+
+    def look_up(*text: int) -> tuple[tuple[int, ...], int]:
+        match = index.look_up(index.add(list(text), start=len(text)), 2)
+        assert match is not None
+        return match.tokens, match.kind
+
+    assert look_up(0, 0, 2, 3) == ((4, 5), kind(0, 2))  # two words, one place
+    assert look_up(0, 0, 7, 8) == ((9,), kind(0, 1))  # three places of four
+    assert look_up(0, 4, 4, 7) == ((8, 9), kind(0, 2))
+    assert look_up(0, 1, 2, 3, 4) == ((5, 6), kind(1, 2))  # four words
+    assert look_up(1, 2, 3, 4, 5, 6, 7, 8) == ((9,), kind(2, 2))
+    assert index.look_up(index.add([0, 9, 9], start=3), 2) is None
+    assert num_kinds(len(match_levels(2, 8))) == kind(3, 0)
+
+
+def test_a_loop_is_read_on() -> None:
+    index = HistoryIndex(2, 8)
+    number = index.add([9, 1, 2, 3, 1, 2, 3, 1, 2])
+    match = index.look_up(number, 7)
+    assert match is not None and match.tokens == (3, 1, 2, 3, 1, 2, 3)
+
+
+def test_lengths_that_make_no_sense_are_refused() -> None:
+    for bad in ((0, 4), (5, 4)):
+        with pytest.raises(ValueError, match="match lengths must be 1 <= min <= max"):
+            HistoryIndex(*bad)
+
+
+# ------------------------------------------------------------------ finished texts
+
+
+def test_the_oldest_texts_are_forgotten_first() -> None:
+    store = HistoryStore(max_tokens=20)
+    a, b = (1, 2), (3, 4, 5)
+    store.add(a, [10] * 6)
+    store.add(b, [11] * 4)
+    assert store.num_tokens == 15
+    store.add(a, [12] * 2)
+    assert store.num_tokens == 19 and store.responses(a, 100) == [[10] * 6, [12] * 2]
+    store.add(b, [13])
+    assert store.num_tokens == 15  # the eight of the first went
+    assert store.responses(a, 100) == [[12] * 2] and store.responses(b, 100) == [[11] * 4, [13]]
+    assert store.responses(b, 4) == [[13]] and store.responses((9,), 4) == []
+    store.add(a, [14] * 50)
+    assert store.num_tokens == 0 and store.responses(b, 100) == []
+
+
+@pytest.mark.parametrize("max_tokens", [10_000, 300])
+def test_a_store_resumes_from_its_state(max_tokens: int, tmp_path) -> None:
+    rng = random.Random(0)
+    store = HistoryStore(10_000)
+    prompts = [tuple(rng.randrange(50_000) for _ in range(rng.randrange(1, 9))) for _ in range(5)]
+    for _ in range(60):
+        store.add(rng.choice(prompts), [rng.randrange(150_000) for _ in range(rng.randrange(0, 20))])
+    torch.save(store.state(), tmp_path / "state.pt")
+    restored = HistoryStore(max_tokens)
+    restored.add((7,), [1, 2, 3])
+    restored.load_state(torch.load(tmp_path / "state.pt", weights_only=True))
+    assert restored.num_tokens <= max_tokens
+    for prompt in prompts:
+        kept, all_of_them = restored.responses(prompt, 10_000), store.responses(prompt, 10_000)
+        assert kept == all_of_them[len(all_of_them) - len(kept) :]
+    assert restored.responses((7,), 10) == []
+    for each in (store, restored):
+        for length in range(1, 20):
+            each.add(prompts[0], [length] * length)
+    assert restored.responses(prompts[0], 100) == store.responses(prompts[0], 100)
+
+
+def test_an_empty_store_has_a_state() -> None:
+    store = HistoryStore(10)
+    store.load_state(HistoryStore(10).state())
+    assert store.num_tokens == 0
