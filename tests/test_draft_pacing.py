@@ -1,0 +1,224 @@
+"""The account of what a draft saves and costs; and runs whose decisions are recorded, replayed and resumed."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+
+from rollout_engine.speculation import CostTable
+from rollout_engine.types import FinishReason, RolloutRequest, Sample, SpecStats
+from tests import loop_helpers as helpers
+from trainer import draft_ledger as ledger
+from trainer import draft_schedule
+from trainer.config import ConfigError, RunConfig
+from trainer.config_check import validate
+from trainer.draft_ledger import Ledger
+from trainer.draft_schedule import Decision, Reason
+from trainer.metrics import read_metrics
+from trainer.rollouts import Generated, Rollout
+from trainer.schedule_record import append_decision, cut_schedule, read_schedule
+
+Config = Callable[..., RunConfig]
+TRAINED, SCORED = Decision(1.0, Reason.RISING), Decision(0.0, Reason.REST)
+
+
+def generated(seconds: float, num_tokens: int, spec: SpecStats) -> Generated:
+    sample = Sample(RolloutRequest(0, 0, (1,)), (1,) * num_tokens, (-1.0,) * num_tokens, (), FinishReason.STOP, spec)
+    return Generated((sample,), seconds, ((0.0, 4), (seconds / 2, 2)))
+
+
+def test_the_cost_of_verifying_gives_the_plain_time_back() -> None:
+    """100 forwards, 60 of which verify at 1.5 times the cost of a plain one, and emit 190 tokens."""
+    spec = SpecStats(100, 60, (10, 10, 40), (60, 60), (50, 40))
+    fast = generated(40 * 0.1 + 60 * 0.15, 190, spec)
+    plain = generated(38 * 0.1, 38, SpecStats(38))  # the same text law at another length
+    cost = ledger.probed_cost(Rollout(fast, plain))
+    assert cost == pytest.approx(1.5)
+    assert ledger.plain_seconds(fast, cost) == pytest.approx(19.0)
+    assert ledger.probed_cost(Rollout(fast, None)) is None
+    hardly = SpecStats(100, 5, (0, 0, 5), (5, 5), (5, 5))
+    assert ledger.probed_cost(Rollout(generated(10.0, 110, hardly), plain)) is None
+
+
+def test_without_a_probe_the_engines_table_tells_the_cost_at_the_batch_and_depth_of_the_rollout() -> None:
+    table = CostTable((1, 3, 8), ((1.0, 1.1, 1.2), (1.0, 1.5, 1.8), (1.0, 3.0, 6.0)))
+    state = {"table": asdict(table), "factors": [1.0, 1.0, 2.0]}
+    spec = SpecStats(100, 60, (10, 10, 40), (60, 60), (50, 40))
+    assert ledger.table_cost(state, generated(1.0, 190, spec)) == pytest.approx(3.6)  # batch 3, depth 2
+    assert ledger.table_cost({"table": None}, generated(1.0, 190, spec)) is None
+    assert ledger.table_cost({}, generated(1.0, 190, spec)) is None
+
+
+def test_training_is_timed_against_scoring_and_a_slow_first_step_is_forgotten() -> None:
+    book = Ledger()
+    assert book.train_s == 0.0
+    for seconds, decision in (
+        (9.0, TRAINED),
+        (1.0, TRAINED),
+        (1.2, TRAINED),
+        (0.3, SCORED),
+        (0.6, Decision(0.5, Reason.KEEP)),
+    ):
+        book = ledger.with_draft_time(book, seconds, decision)
+    assert book.train_s == pytest.approx(0.9)
+    assert ledger.from_dict(json.loads(json.dumps(asdict(book)))) == book
+
+
+def test_a_record_is_read_back_cut_and_refused_in_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "schedule.jsonl"
+    decisions = [TRAINED, Decision(1 / 3, Reason.KEEP), SCORED]
+    for step, decision in enumerate(decisions):
+        append_decision(path, step, decision)
+    assert list(read_schedule(path, 3).values()) == decisions
+    with pytest.raises(ConfigError, match="has no step 3, but num_rollout = 4"):
+        read_schedule(path, 4)
+    with path.open("a") as file:
+        file.write('{"step": 3, "sha')  # a kill
+    with pytest.raises(ConfigError, match="line 4 is not a decision"):
+        read_schedule(path, 3)
+    assert cut_schedule(path, 1) == {1: decisions[1], 2: decisions[2]}
+    assert read_schedule(path, 1) == {0: TRAINED} and len(path.read_text().splitlines()) == 1
+    path.write_text('{"step": 0, "share": 1.5, "reason": "rest"}\n')
+    with pytest.raises(ConfigError, match=r"share = 1.5"):
+        read_schedule(path, 1)
+    assert cut_schedule(tmp_path / "none", 0) == {}
+
+
+# ---- whole runs ----
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return helpers.make_tiny_model(tmp_path_factory.mktemp("model") / "tiny")
+
+
+@pytest.fixture
+def config(model: Path, tmp_path: Path) -> Iterator[Config]:
+    yield lambda name, **changes: helpers.tiny_config(model, tmp_path, name, **{"draft__train_when": "pays", **changes})
+
+
+def decided_by(shares: Sequence[float], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Decisions that follow the call, as timings would."""
+    left = iter(shares)
+
+    def decide(*_: object) -> Decision:
+        share = next(left)
+        return Decision(share, Reason.RISING if share == 1.0 else Reason.KEEP if share else Reason.REST)
+
+    monkeypatch.setattr(draft_schedule, "decide", decide)
+
+
+def decisions(folder: Path) -> list[float]:
+    return [json.loads(line)["share"] for line in (folder / "draft_schedule.jsonl").read_text().splitlines()]
+
+
+def test_a_run_replayed_from_its_record_is_the_same_though_it_would_decide_otherwise(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shares = [1.0, 0.0, 0.4, 0.0]
+    decided_by(shares, monkeypatch)
+    first = helpers.run(config("first", num_rollout=4))
+    assert decisions(first) == shares
+    trained = [line["draft_token_share"] for line in helpers.metrics(first)]
+    assert trained[0] == 1.0 and 0.2 < trained[2] < 0.6 and trained[1] == trained[3] == 0.0
+    decided_by([1.0] * 2, monkeypatch)
+    again = helpers.run(config("again", num_rollout=4, draft__schedule=str(first / "draft_schedule.jsonl")))
+    helpers.assert_same_run(first, again)
+    other = helpers.run(config("other", num_rollout=2))
+    assert helpers.metrics(other)[1] != helpers.metrics(first)[1], "without the record it decides otherwise"
+
+
+def test_a_run_killed_after_its_checkpoint_decides_again_as_it_had_decided(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decided_by([1.0, 0.5, 0.0, 1.0], monkeypatch)
+    unbroken = helpers.run(config("unbroken", num_rollout=4))
+    settings = replace(config("unbroken", num_rollout=4), name="killed", resume=True)
+    killed = Path(settings.run_dir) / "killed"
+    shutil.copytree(unbroken, killed)
+    decided_by([0.0] * 4, monkeypatch)
+    for lost in (4, 3):  # as if the kill had come before this checkpoint; without the second there is none
+        for step in range(lost, 5):
+            shutil.rmtree(killed / "checkpoints" / f"step_{step:06d}", ignore_errors=True)
+        helpers.assert_same_run(unbroken, helpers.run(settings))
+        assert decisions(killed) == decisions(unbroken)
+
+
+def test_a_resumed_run_goes_on_with_what_it_had_seen(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of the run, then the rest: residuals, decisions and account as of the unbroken one."""
+    monkeypatch.setattr(draft_schedule, "MIN_VERIFIES", 8)
+    monkeypatch.setattr(draft_schedule, "MIN_REFERENCE", 1)
+    shares = [1.0, 1.0, 0.0, 0.0, 0.0]
+    decided_by(shares, monkeypatch)
+    unbroken = helpers.run(config("unbroken", num_rollout=5))
+    assert "draft_accept_residual_z" in helpers.metrics(unbroken)[-1]
+    decided_by(shares, monkeypatch)
+    half = config("half", num_rollout=3)
+    helpers.run(half)
+    folder = helpers.run(replace(half, num_rollout=5, resume=True))
+    helpers.assert_same_run(unbroken, folder)
+    lines = read_metrics(folder / "metrics.jsonl")
+    balances = [line["draft_saved_time_s"] - line["draft_spent_time_s"] for line in lines]
+    assert lines[-1]["draft_balance_time_s"] == pytest.approx(sum(balances))
+
+
+def test_never_is_draft_training_off_and_is_timed_as_scoring(config: Config) -> None:
+    off = helpers.run(config("off", num_rollout=1, draft__train=False, draft__train_when="always"))
+    never = helpers.run(config("never", num_rollout=1, draft__train_when="never"))
+    helpers.assert_same_run(off, never)
+    (line,) = read_metrics(never / "metrics.jsonl")
+    assert line["draft_token_share"] == 0.0 and line["draft_saved_time_basis"] == "bound"
+    assert "draft_decision" not in line and not (never / "draft_schedule.jsonl").exists()
+
+
+def test_a_probe_is_the_basis_of_what_is_saved(config: Config) -> None:
+    folder = helpers.run(config("probed", num_rollout=2, plain_probe_interval=2))
+    probed, after = read_metrics(folder / "metrics.jsonl")
+    assert probed["draft_saved_time_basis"] == after["draft_saved_time_basis"] == "probe"
+    tokens_s = probed["response_tokens"] / probed["tokens_per_s"]
+    saved_s = probed["response_tokens"] / probed["plain_tokens_per_s"] - tokens_s
+    assert probed["draft_saved_time_s"] == pytest.approx(saved_s)
+    assert after["draft_decision"] == "start"
+
+
+def test_a_step_without_samples_teaches_nothing_and_is_recorded(config: Config) -> None:
+    folder = helpers.run(
+        config(
+            "nothing", num_rollout=1, algorithm__dynamic_sampling=True, data__reward="tests.test_loop:constant_reward"
+        )
+    )
+    assert json.loads((folder / "draft_schedule.jsonl").read_text())["reason"] == "no_samples"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"draft__train": False}, "contradict each other"),
+        ({"draft__train_when": "never", "draft__schedule": "x"}, "has no effect"),
+        ({"draft__schedule": "none.jsonl"}, "no such file"),
+        ({"draft__train_when": "sometimes"}, "use one of always, never, pays"),
+    ],
+)
+def test_settings_that_contradict_themselves_are_one_line(model: Path, changes: dict, message: str) -> None:
+    settings = helpers.tiny_config(model, model, "x", **{"draft__train_when": "pays", **changes})
+    with pytest.raises(ConfigError, match=message) as caught:
+        validate(settings)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_deterministic_run_that_decides_by_the_clock_says_so(model: Path) -> None:
+    settings = helpers.tiny_config(model, model, "x", draft__train_when="pays")
+    assert any("draft_schedule.jsonl" in warning for warning in validate(settings))
+    assert not any("draft_schedule" in w for w in validate(replace(settings, deterministic=False)))
+
+
+def test_a_schedule_too_short_is_refused_before_anything_is_made(config: Config, tmp_path: Path) -> None:
+    append_decision(tmp_path / "short.jsonl", 0, TRAINED)
+    with pytest.raises(ConfigError, match="has no step 1"):
+        helpers.run(config("short", draft__schedule=str(tmp_path / "short.jsonl")))
+    assert not (tmp_path / "short").exists()
