@@ -6,7 +6,7 @@ vocabulary, K unroll steps.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
@@ -51,6 +51,7 @@ class DraftBatch:
     target_head_VW: Tensor  # the output layer
     temperature_B: Tensor  # float64; 0 = greedy
     seed_B: Tensor  # int64
+    sample_keys: tuple[tuple[int, int], ...]  # (prompt_id, sample_id)
     num_keys: tuple[int, ...]  # by sample
     num_chains: tuple[int, ...]  # by sample, at least 1
     spans: tuple[SampleSpan, ...]
@@ -68,9 +69,7 @@ class DraftBatch:
         return self.key_position_S.index_select(0, self.chain_key_Q) + self.ahead(step)
 
 
-def make_batch(
-    samples: Sequence[DraftSample], *, window: int = 0, weights: Mapping[tuple[int, int], Tensor] | None = None
-) -> DraftBatch | None:
+def make_batch(samples: Sequence[DraftSample], *, window: int = 0) -> DraftBatch | None:
     """Join samples in order of length (stable), without those too short to hold a chain; None when none is left.
 
     Args:
@@ -78,7 +77,6 @@ def make_batch(
         window: cut each text into windows of so many tokens, as trainers do that hold no long text: a chain sees its
             own window alone, at positions counted from its start. Windows overlap by two tokens, so that no chain is
             lost, though chains end at their window's end. 0 = whole texts.
-        weights: of each response token in the loss, floating [R], by (prompt_id, sample_id).
 
     Raises ValueError for samples of different forwards, whose output layers may differ, and for a window below 3.
     """
@@ -110,11 +108,12 @@ def make_batch(
         steps_left_Q=send(num_chains_B[chain_sample_Q] - chain_rank_Q),
         next_token_Q=torch.cat([cut.sample.token_ids[cut.first_chain + 2 : cut.stop] for cut in cuts]),
         next_index_Q=send(first_chain_B[chain_sample_Q] + chain_rank_Q + 2),
-        weight_Q=None if weights is None else send(torch.cat([cut.of_next_tokens(weights) for cut in cuts])),
+        weight_Q=_weights(cuts, device),
         target_hidden_QW=torch.cat([cut.sample.target_hidden[cut.first_chain + 1 : cut.stop - 1] for cut in cuts]),
         target_head_VW=head_VW,
         temperature_B=send(torch.tensor([cut.sample.temperature for cut in cuts], dtype=torch.float64)),
         seed_B=send(torch.tensor([cut.sample.seed for cut in cuts], dtype=torch.int64)),
+        sample_keys=tuple((cut.sample.prompt_id, cut.sample.sample_id) for cut in cuts),
         num_keys=num_keys,
         num_chains=num_chains,
         spans=_spans(num_keys, num_chains),
@@ -142,10 +141,20 @@ class _Cut:
     def num_chains(self) -> int:
         return self.stop - 2 - self.first_chain
 
-    def of_next_tokens(self, weights: Mapping[tuple[int, int], Tensor]) -> Tensor:
-        weight_R = weights[self.sample.prompt_id, self.sample.sample_id]
+    @property
+    def next_token_weights(self) -> Tensor:
+        """[C] on any device; ones where the sample has none."""
+        weight_R = self.sample.token_weights
+        if weight_R is None:
+            return torch.ones(self.num_chains)
         first = self.first_chain + 2 - self.sample.prompt_len
         return weight_R[first : first + self.num_chains]
+
+
+def _weights(cuts: Sequence[_Cut], device: torch.device) -> Tensor | None:
+    if all(cut.sample.token_weights is None for cut in cuts):
+        return None
+    return torch.cat([cut.next_token_weights for cut in cuts]).to(device, non_blocking=True)
 
 
 def _cut(sample: DraftSample, window: int) -> Iterator[_Cut]:

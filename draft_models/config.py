@@ -23,6 +23,7 @@ class DraftConfig:
     loss: str = "auto"  # what suits rollout.verify_rule; or forward_kl, reverse_kl, tv, lk, cross_entropy, hard_label
     unroll: int = 3  # training-time-test steps (EAGLE-3)
     step_decay: float = 0.8  # weight of unroll step j is step_decay ** j
+    token_weighting: str = "uniform"  # or tail: a token weighs what it cost in wall clock, most where few requests run
     lr: float = 1e-3
     weight_decay: float = 0.0
     adam_beta1: float = 0.9

@@ -48,6 +48,7 @@ class DraftSample:
     temperature: float  # of the rollout; 0 means greedy
     seed: int  # the request's seed, for the coupled rule's shared noise
     policy_version: int
+    token_weights: torch.Tensor | None = None  # [R] of each response token in the draft's loss; None = all 1
 
     @property
     def target_logits(self) -> torch.Tensor:

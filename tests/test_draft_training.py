@@ -308,7 +308,7 @@ def test_weights_multiply_each_tokens_loss(window: int) -> None:
     sample, draft = random_sample(12, 4, 3, dtype=torch.float64), small_draft(dtype=torch.float64)
 
     def loss_of(weights: Tensor) -> Tensor:
-        batch = make_batch([sample], window=window, weights={(0, 3): weights})
+        batch = make_batch([replace(sample, token_weights=weights)], window=window)
         return draft_loss(draft, batch, 3, 0.8).loss_sum.detach()
 
     ones, plain = torch.ones(8, dtype=torch.float64), draft_loss(draft, make_batch([sample], window=window), 3, 0.8)

@@ -26,6 +26,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "policy.dtype": ("float32", "bfloat16"),
     "draft.compute_dtype": ("float32", "bfloat16"),
     "draft.loss": ("auto", *LossKind),
+    "draft.token_weighting": ("uniform", "tail"),
     "draft.train_when": ("always", "never", "pays"),
     "policy.lr_decay_style": ("constant", "linear", "cosine", "inverse-square-root"),
     "algorithm.advantage_estimator": ("grpo",),

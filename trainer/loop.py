@@ -25,6 +25,7 @@ from trainer.collective import from_last_rank, from_rank_zero, tensors_to_rank_z
 from trainer.distributed import first_message
 from trainer.draft_learner import DraftUpdateError, Key, plan_updates, planned_share
 from trainer.draft_schedule import Decision, Reason
+from trainer.draft_weights import weighed
 from trainer.rollouts import Rollout, evaluate, generate, make_requests, score
 
 if TYPE_CHECKING:
@@ -80,7 +81,10 @@ def update_policy(run: Run, rollout: Rollout) -> tuple[list[Sample], dict[str, A
         return [], {"policy_skipped": 1}, []
     with run.clock("policy"):
         update = run.policy.update(samples, run.capture)
-    return samples, update.metrics, update.draft_samples
+    captured = update.draft_samples
+    if run.config.draft.token_weighting == "tail":
+        captured = weighed(captured, rollout.samples, run.config.rollout.max_running_requests)
+    return samples, update.metrics, captured
 
 
 def decide_draft(
