@@ -202,7 +202,7 @@ def raising(error: type[BaseException]) -> Callable[..., None]:
 def test_an_engine_that_does_not_start_leaves_its_log_and_the_name_free(
     unbroken: Path, config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(error: type[BaseException], *arguments: object) -> None:
+    def fail(error: type[BaseException], *arguments: object, **_: object) -> None:
         work_dir = arguments[-1]
         assert isinstance(work_dir, Path)
         work_dir.mkdir(exist_ok=True)
