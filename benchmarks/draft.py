@@ -36,8 +36,11 @@ from draft_models.config import DraftConfig
 from draft_models.eagle3 import Eagle3, Eagle3Config
 from draft_models.types import DraftSample, VerifyRule
 from rollout_engine.config import RolloutConfig
-from rollout_engine.types import Sample, SamplingParams
+from rollout_engine.types import FinishReason, RolloutRequest, Sample, SamplingParams
 from trainer.config import ConfigError
+from trainer.finetune_data import RowLimits, TextRow, TextRows, load_texts
+from trainer.hf_files import read_config
+from trainer.serving import eos_token_ids, load_tokenizer
 
 Rows = list[dict[str, Any]]
 SLOPE_TEMPERATURES, SLOPE_SPAN_NATS = 5, 1.0  # what a slope against entropy should rest on; with less it says so
@@ -45,7 +48,7 @@ SLOPE_TEMPERATURES, SLOPE_SPAN_NATS = 5, 1.0  # what a slope against entropy sho
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """What the target wrote at one temperature."""
+    """What the target wrote, or is taken to have written, at one temperature."""
 
     temperature: float
     samples: list[Sample]
@@ -58,6 +61,34 @@ class Text:
             **law_statistics(captured),
             **ngram_statistics(self.samples, k),
         }
+
+
+def read_data(args: argparse.Namespace) -> TextRows:
+    """The rows of --data. ConfigError with file and line for a bad one."""
+    tokenizer, hf_config = load_tokenizer(args.policy), read_config(args.policy)
+    context = int(hf_config["max_position_embeddings"])
+    limits = RowLimits(context - 1, context, int(hf_config["vocab_size"]), eos_token_ids(args.policy, tokenizer))
+    return load_texts(args.data, data_config(args), args.response_key, tokenizer, limits)
+
+
+def given_texts(rows: Sequence[TextRow], temperatures: Sequence[float]) -> list[Text]:
+    """Finished rollouts as they are, once for each temperature under which they are to be scored."""
+    prompts = {prompt: number for number, prompt in enumerate(dict.fromkeys(row.prompt_ids for row in rows))}
+    texts = []
+    for temperature in temperatures:
+        sampling = SamplingParams(temperature=temperature)
+        samples = [
+            Sample(
+                RolloutRequest(prompts[row.prompt_ids], i, row.prompt_ids, sampling),
+                row.response_ids or (),
+                (),
+                (),
+                FinishReason.STOP,
+            )
+            for i, row in enumerate(rows)
+        ]
+        texts.append(Text(temperature, samples))
+    return texts
 
 
 def roll_out(args: argparse.Namespace, policy: BenchPolicy) -> list[Text]:
@@ -186,9 +217,17 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add_policy_options(parser)
     add = parser.add_argument
     add("--draft", type=Path, nargs="+", action="extend", default=[], help="draft folders; a random draft is added")
+    add("--data", type=Path, help="JSONL of prompts, or of finished rollouts, which are scored as they are")
+    add("--response-key", default="response", help="of --data's finished rollouts")
     add("--rules", type=words, default=("greedy", "target_only", "rejection", "coupled"))
     add("--k", type=integers, default=(3, 5, 7), help="draft depths")
-    add("--temperatures", "--temperature", type=numbers, default=(0, 0.4, 0.6, 0.8, 1, 1.2))
+    add(
+        "--temperatures",
+        "--temperature",
+        type=numbers,
+        default=(0, 0.4, 0.6, 0.8, 1, 1.2),
+        help="of the text; with finished rollouts: the one that they were sampled at",
+    )
     add("--samples", type=int, default=64, help="responses rolled out at each temperature")
     add("--samples-per-prompt", type=int, default=4, help="siblings, in which an n-gram looks things up")
     add("--batch-size", type=int, default=32, help="responses rolled out side by side")
@@ -204,13 +243,15 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def measure(args: argparse.Namespace, policy: BenchPolicy, drafts: Mapping[str, Eagle3]) -> tuple[Rows, Rows]:
+def measure(
+    args: argparse.Namespace, policy: BenchPolicy, drafts: Mapping[str, Eagle3], texts: Sequence[Text]
+) -> tuple[Rows, Rows]:
     """What each text is like, and a row for every draft, rule and depth on it."""
     rules = [VerifyRule(rule) for rule in args.rules]
     about_rows, rows = [], []
-    for text in roll_out(args, policy):
+    for text in texts:
         if all(len(sample.token_ids) < 2 for sample in text.samples):
-            raise ConfigError("the target's responses are all shorter than two tokens: there is nothing to draft")
+            raise ConfigError("the responses are all shorter than two tokens: there is nothing to draft")
         for number, (name, draft) in enumerate(drafts.items()):
             captured = capture(policy, text.samples, draft.config.aux_layer_ids)
             if number == 0:
@@ -225,13 +266,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
     if args.threads:
         torch.set_num_threads(args.threads)
-    policy = load_policy(args.policy, args.prompts, data_config(args), args.dtype, args.device)
+    given = None if args.data is None else read_data(args)
+    prompts = None if given is None else [row.prompt_ids for row in given.rows]
+    policy = load_policy(args.policy, args.prompts, data_config(args), args.dtype, args.device, prompts=prompts)
+    if given is None or given.are_prompts:
+        texts = roll_out(args, policy)
+    else:
+        texts = given_texts(given.rows[: args.samples], args.temperatures)
     drafts = {str(path): load_draft(path, policy.hf_config) for path in args.draft}
     drafts["random"] = Eagle3(Eagle3Config.from_target(policy.hf_config, DraftConfig()))
     placed = {name: draft.to(policy.decoder.dtype).to(policy.decoder.device) for name, draft in drafts.items()}
-    texts, rows = measure(args, policy, placed)
+    about_rows, rows = measure(args, policy, placed, texts)
     slope_rows = slopes(rows)
-    show(console(), texts, rows, slope_rows, policy.note)
+    show(console(), about_rows, rows, slope_rows, policy.note)
     shared = {"policy": str(args.policy), "policy_note": policy.note, "seed": args.seed}
     append_results(args.results, [shared | row for row in rows + slope_rows], provenance("benchmarks.draft"))
 

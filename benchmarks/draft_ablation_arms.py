@@ -29,7 +29,7 @@ class Plan:
     warm_start_tokens: int = 10_240
     dtype: str = "bfloat16"  # of the target, and of the draft's matrix products
     train_prompts: int = 128  # of each training temperature
-    held_out_prompts: int = 24
+    held_out_prompts: int = 16
     group: int = 4  # responses to a prompt
     max_response_len: int = 1024
     record_s: float = 50.0  # then what still runs is cut off, and the cut texts are kept
@@ -101,7 +101,8 @@ class Arm:
     loss: LossKind = LossKind.LK
     unroll: int = 3
     step_decay: float = 0.8
-    window: int = 0  # 0 = whole texts
+    window: int = 0  # texts are cut into windows of so many tokens; 0 = whole
+    first_tokens: int = 0  # or only so many of each are trained on; 0 = all
     temperature: float = 1.0  # of the recorded text that it learns from
     lr: float = 1e-3
     batch_tokens: int = 8192
@@ -139,7 +140,8 @@ def arms_of(plan: Plan) -> tuple[Arm, ...]:
         replace(base, name="unroll 1", axis="unroll", unroll=1),
         replace(base, name="unroll 7", axis="unroll", unroll=7),
         replace(base, name="unroll 7, equal weights", axis="unroll", unroll=7, step_decay=1.0),
-        replace(base, name=f"window {plan.window}", axis="window", window=plan.window),
+        replace(base, name=f"windows of {plan.window}", axis="window", window=plan.window),
+        replace(base, name=f"first {plan.window} tokens", axis="window", first_tokens=plan.window),
         *(
             replace(base, name=f"{kind.value} at T {t:g}", axis="temperature", loss=kind, temperature=t)
             for t in plan.train_temperatures[1:]

@@ -101,7 +101,7 @@ def updates_to_plateau(record: Record) -> float:
     goal = 1.0 + PLATEAU * (points[-1][1] - 1.0)
     for (x0, y0), (x1, y1) in itertools.pairwise(points):
         if y1 >= goal:
-            return x0 + (x1 - x0) * (max(goal - y0, 0.0) / (y1 - y0) if y1 > y0 else 1.0)
+            return x0 if y0 >= goal else x0 + (x1 - x0) * (goal - y0) / (y1 - y0)
     raise AssertionError("the last point reaches the goal")
 
 

@@ -73,6 +73,8 @@ def make_target(plan: Plan, work: Path, device: str) -> dict[str, Any]:
         device=device,
         num_workers=LOADER_WORKERS if device == "cuda" else 0,
     )
+    if device == "cuda":
+        torch.cuda.empty_cache()
     about = {
         "num_parameters": read_config(work / "target")["slipstream"]["num_parameters"],
         "made_in_s": time.perf_counter() - start_s,

@@ -25,16 +25,16 @@ from trainer.draft_learner import product_dtype
 _CURVE_RULE = VerifyRule.REJECTION
 
 
-def first_tokens(sample: DraftSample, window: int) -> DraftSample:
-    """The text cut after `window` tokens, prompt included; 0 leaves it whole."""
-    if not window or len(sample.token_ids) <= window:
+def first_tokens(sample: DraftSample, count: int) -> DraftSample:
+    """The text cut after `count` tokens, prompt included; 0 leaves it whole."""
+    if not count or len(sample.token_ids) <= count:
         return sample
     return replace(
         sample,
-        token_ids=sample.token_ids[:window],
-        embeds=sample.embeds[:window],
-        aux_hidden=sample.aux_hidden[:window],
-        target_hidden=sample.target_hidden[:window],
+        token_ids=sample.token_ids[:count],
+        embeds=sample.embeds[:count],
+        aux_hidden=sample.aux_hidden[:count],
+        target_hidden=sample.target_hidden[:count],
     )
 
 
@@ -97,7 +97,7 @@ class _Training:
 
     def update(self, arm: Arm, samples: Sequence[DraftSample]) -> int:
         """One optimizer step; the chains that it was taken over."""
-        batch = make_batch(samples)
+        batch = make_batch(samples, window=arm.window)
         if batch is None:
             return 0
         loss = draft_loss(self.draft, batch, arm.unroll, arm.step_decay, loss=arm.loss, product_dtype=self.half)
@@ -130,7 +130,7 @@ def _frequent_tokens(samples: Sequence[DraftSample], sizes: Eagle3Config) -> tor
 def train_arm(arm: Arm, seed: int, texts: Texts, plan: Plan, device: str) -> dict[str, Any]:
     """The arm's record. A loss that is not finite ends it, and the record says so under `failed`."""
     half = product_dtype(plan.dtype)
-    samples = [first_tokens(sample, arm.window) for sample in texts.train[arm.temperature]]
+    samples = [first_tokens(sample, arm.first_tokens) for sample in texts.train[arm.temperature]]
     plan_of_batches = batches([len(sample.token_ids) for sample in samples], arm.batch_tokens, seed)
     curve_text = beginning(texts.held_out[arm.temperature], plan.curve_tokens)
     training = _Training.begin(arm, seed, texts, half, device)

@@ -50,25 +50,34 @@ class BenchPolicy:
         return f"{size}, SYNTHETIC (random weights, residual branches above layer 1 x {made['eps_residual']})"
 
 
-def load_policy(directory: Path, prompt_file: Path | None, data: DataConfig, dtype: str, device: str) -> BenchPolicy:
-    """Prompts: `prompt_file`, or train.jsonl of the policy. ConfigError for what is not there."""
+def load_policy(
+    directory: Path,
+    prompt_file: Path | None,
+    data: DataConfig,
+    dtype: str,
+    device: str,
+    *,
+    prompts: Sequence[tuple[int, ...]] | None = None,
+) -> BenchPolicy:
+    """Prompts: as given, or of `prompt_file`, or of the policy's train.jsonl. ConfigError for what is not there."""
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # it would stand among the tables
     hf_config = read_config(directory)
     tokenizer = load_tokenizer(directory)
-    context = int(hf_config["max_position_embeddings"])
-    prompts = load_prompts(
-        prompt_file or directory / "train.jsonl", data, tokenizer, max_prompt_len=context - 1, seed=0
-    ).first()
+    if prompts is None:
+        longest = int(hf_config["max_position_embeddings"]) - 1
+        file = prompt_file or directory / "train.jsonl"
+        rows = load_prompts(file, data, tokenizer, max_prompt_len=longest, seed=0).first()
+        prompts = [row.token_ids for row in rows]
     torch_dtype = getattr(torch, dtype)
     eos = eos_token_ids(directory, tokenizer)
     return BenchPolicy(
         hf_config,
         Decoder.from_hf(directory, torch_dtype, device),
         AutoModelForCausalLM.from_pretrained(directory, dtype=torch_dtype).to(device).eval(),
-        tuple(prompt.token_ids for prompt in prompts),
+        tuple(prompts),
         eos,
         eos[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
     )

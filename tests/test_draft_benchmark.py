@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import draft, draft_scores, draft_texts
+from benchmarks import common, draft, draft_scores, draft_texts
 from draft_models.forecast import AcceptForecast, forecast_acceptance
 from draft_models.randomness import gumbel
 from draft_models.training import accept_posteriors, draft_loss, make_batch
@@ -164,3 +164,31 @@ def test_wrong_rules_and_temperatures_are_one_line(capsys: pytest.CaptureFixture
         with pytest.raises(SystemExit):
             draft.parse(["--target", "x", *wrong.replace(" -1", "=-1").split()])
         assert said in capsys.readouterr().err
+
+
+def test_finished_rollouts_are_scored_as_they_are(target: Path, tmp_path: Path):
+    data, results = tmp_path / "rollouts.jsonl", tmp_path / "draft.jsonl"
+    said = [{"prompt": [5, 6, 7], "response": [8, 9, 10, 8, 9, 10, 1]}, {"prompt": [5, 6, 7], "response": [8, 9, 10]}]
+    data.write_text("".join(json.dumps(row) + "\n" for row in said))
+    arguments = f"--target {target} --results {results} --data {data} --temperatures 1 --k 2 --rules target_only"
+    draft.main(arguments.split())
+    (row,) = rows(results)
+    assert row["response_tokens"] == 10 and row["temperature"] == 1.0 and row["rule"] == "target_only"
+    assert row["ngram_tokens_per_verify"] > 2.0  # the second repeats the first, which repeats itself
+
+
+def test_prompts_of_a_file_are_answered_first(target: Path, tmp_path: Path):
+    data, results = tmp_path / "prompts.jsonl", tmp_path / "draft.jsonl"
+    data.write_text('{"prompt": [5, 6, 7]}\n{"prompt": [9, 6, 7]}\n')
+    arguments = f"--target {target} --results {results} --data {data} --temperatures 1 --k 2 --samples 8"
+    draft.main([*arguments.split(), "--max-new-tokens", "8"])
+    assert {row["samples"] for row in rows(results)} == {8}
+
+
+def test_a_bad_row_of_the_data_is_one_line(target: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    data = tmp_path / "rollouts.jsonl"
+    data.write_text('{"prompt": [5, 6, 7], "response": [8, 9]}\n{"prompt": [5]}\n')
+    with pytest.raises(SystemExit) as exit_:
+        common.run(lambda: draft.main(["--target", str(target), "--data", str(data)]))
+    said = capsys.readouterr().err
+    assert exit_.value.code == 2 and f"{data} line 2:" in said and said.count("\n") == 1
