@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
-from collections.abc import Coroutine
+from collections.abc import AsyncIterator, Coroutine
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -38,6 +39,14 @@ class Reply:
         return self.body.decode(errors="replace").strip()[:limit]
 
 
+class BadStatus(RuntimeError):
+    """The answer is an error where a stream was expected."""
+
+    def __init__(self, reply: Reply) -> None:
+        super().__init__(reply.text())
+        self.reply = reply
+
+
 class HttpClient:
     """One client per server. Coroutines given to `run` share its loop: between two awaits nothing interferes."""
 
@@ -52,6 +61,31 @@ class HttpClient:
 
     async def request(self, method: str, path: str, payload: Any = None, *, timeout_s: float | None = None) -> Reply:
         """The server's answer, whatever its status. Raises ServerUnreachable when there is none in `timeout_s`."""
+        async with self._asked(method, path, payload, timeout_s) as response:
+            return Reply(response.status, await response.read())
+
+    async def events(self, method: str, path: str, payload: Any) -> AsyncIterator[bytes]:
+        """The data of the server-sent events that the answer consists of, however long they are.
+
+        Raises ServerUnreachable when the connection breaks, BadStatus when the answer is an error.
+        """
+        async with self._asked(method, path, payload, None) as response:
+            if not 200 <= response.status < 300:
+                raise BadStatus(Reply(response.status, await response.read()))
+            unfinished: list[bytes] = []
+            async for piece in response.content.iter_any():
+                first, *more = piece.split(b"\n")
+                unfinished.append(first)
+                for start in more:
+                    line = b"".join(unfinished)
+                    unfinished = [start]
+                    if line.startswith(b"data:"):
+                        yield line.removeprefix(b"data:").strip()
+
+    @asynccontextmanager
+    async def _asked(
+        self, method: str, path: str, payload: Any, timeout_s: float | None
+    ) -> AsyncIterator[aiohttp.ClientResponse]:
         body = None if payload is None else json.dumps(payload, separators=(",", ":")).encode()
         try:
             async with self._session.request(
@@ -61,7 +95,7 @@ class HttpClient:
                 headers={"Content-Type": "application/json"},
                 timeout=aiohttp.ClientTimeout(total=timeout_s, sock_connect=10.0),
             ) as response:
-                return Reply(response.status, await response.read())
+                yield response
         except (aiohttp.ClientError, TimeoutError, ConnectionError) as error:
             what = str(error) or type(error).__name__
             raise ServerUnreachable(f"{method} {self.address}{path}: {what}") from error

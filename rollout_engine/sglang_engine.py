@@ -2,7 +2,8 @@
 
 All that knows SGLang lies in this file and its parts: sglang_install (which one is there), sglang_checks and
 sglang_preflight (what it cannot do), sglang_flags and sglang_launch (how it is started or attached to), sglang_wire
-(what is said to it), sglang_ends (where its responses end); and in `sync.loader`, which runs inside it.
+and sglang_calls (what is said to it, and in how many calls), sglang_ends (where its responses end); and in
+`sync.loader`, which runs inside it.
 """
 
 from __future__ import annotations
@@ -19,12 +20,13 @@ from rollout_engine.config import RolloutConfig
 from rollout_engine.http_client import Reply, ServerUnreachable
 from rollout_engine.request_pool import Piece, Progress, RequestPool
 from rollout_engine.server_process import ServerProcess
+from rollout_engine.sglang_calls import GenerateCalls
 from rollout_engine.sglang_checks import top_k_fault
 from rollout_engine.sglang_ends import end_token_ids, ended
 from rollout_engine.sglang_install import update_protocol
 from rollout_engine.sglang_launch import attach, cause_of_end, end_of_log, start
 from rollout_engine.sglang_preflight import check_folder, check_policy, has_tokenizer
-from rollout_engine.sglang_wire import error_text, generate_body, read_piece, routes, update_body
+from rollout_engine.sglang_wire import Refused, error_text, generate_body, read_piece, routes, update_body
 from rollout_engine.stopping import Detokenize
 from rollout_engine.types import (
     BadRequest,
@@ -117,6 +119,7 @@ class SGLangEngine:
         else:
             server = start(config, policy, draft, self._context_length, work_dir, leaves_room=not serves_files)
         self._process, self._client, self._server_version = server.process, server.client, server.version
+        self._calls = GenerateCalls(self._client)
         self._pool = RequestPool(self._serve, self._stop, config.max_running_requests)
         self._begins_updates: bool | None = None  # None: not asked yet
         self._transport: SteppingTransport | None = None
@@ -371,14 +374,12 @@ class SGLangEngine:
         prompt_id, sample_id = progress.request.key
         name = f"request (prompt {prompt_id}, sample {sample_id})"
         try:
-            body = generate_body(rid, progress, self._eos, self._config.min_p)
-            reply = await self._client.request("POST", "/generate", body)
+            answer = await self._calls(generate_body(rid, progress, self._eos, self._config.min_p))
+            return ended(read_piece(answer, self._depth), progress, self._eos, self._detokenize)
         except ServerUnreachable as error:
             raise _Gone(f"{name}: {error}") from error
-        if not reply.ok:
-            raise EngineError(f"{name}: the SGLang server refused it: {error_text(reply.status, reply.text())}")
-        try:
-            return ended(read_piece(reply.json(), self._depth), progress, self._eos, self._detokenize)
+        except Refused as error:
+            raise EngineError(f"{name}: the SGLang server refused it: {error}") from error
         except (EngineError, ValueError) as error:
             raise EngineError(f"{name}: {error}") from error
 

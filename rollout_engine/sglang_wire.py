@@ -6,7 +6,7 @@ import base64
 import json
 import pickle
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -31,6 +31,51 @@ def generate_body(rid: str, progress: Progress, eos_token_ids: Collection[int], 
         # A stop string is text of special tokens too, as in the embedded engine.
         params |= {"stop": list(sampling.stop), "skip_special_tokens": False}
     return {"rid": rid, "input_ids": progress.prompt_ids, "sampling_params": params, "return_logprob": True}
+
+
+class Refused(EngineError):
+    """The server says no to a request; the text is its reason."""
+
+
+_NEVER = 1 << 30  # tokens between two events of a response
+
+
+def joint_body(bodies: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """One request for the answers to several, as a stream with an event for each that has ended.
+
+    (SGLang sends one with a response's first token as well, which `streamed_answer` passes over.)
+    """
+    return {
+        "rid": [body["rid"] for body in bodies],
+        "input_ids": [body["input_ids"] for body in bodies],
+        "sampling_params": [{**body["sampling_params"], "stream_interval": _NEVER} for body in bodies],
+        "return_logprob": True,
+        "stream": True,
+    }
+
+
+def streamed_answer(event: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The whole answer that a stream's event is; None while the response goes on.
+
+    Raises Refused for one that never ran, and ValueError when part of it is missing.
+    """
+    meta = event["meta_info"]
+    reason = meta["finish_reason"]
+    if reason is None:
+        return None
+    if reason["type"] == "abort" and reason.get("status_code"):
+        raise Refused(f"HTTP {int(reason['status_code'])}: {reason.get('message', '')}")
+    count = meta["completion_tokens"]
+    if len(event["output_ids"]) == count:
+        return event
+    # A stream that is stopped while it waits names its last token alone (0.5.15), but all log-probs with their tokens.
+    token_ids = [entry[1] for entry in (meta.get("output_token_logprobs") or [])[:count]]
+    if len(token_ids) != count:
+        raise ValueError(
+            f"SGLang's stream brought {len(event['output_ids'])} of {count} tokens: start the server without "
+            "incremental_streaming_output"
+        )
+    return {**event, "output_ids": token_ids}
 
 
 def read_piece(answer: Mapping[str, Any], draft_depth: int) -> Piece:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import json
 import pickle
 import threading
 import time
@@ -50,8 +51,9 @@ class ScriptedServer:
         self.update_calls: list[tuple[str, str | None]] = []  # route and selector
         self.ignores_aborts = False
         self.fails_with: tuple[int, dict[str, Any]] | None = None
+        self.num_calls = 0  # of /generate
         self.num_generate = self.num_flushes = self.num_running = self.num_paused = 0
-        self.bodies: list[dict[str, Any]] = []  # of /generate
+        self.bodies: list[dict[str, Any]] = []  # of /generate, one a request
         self.running_at_update = 0
         self.flushes_after_update: list[bool] = []
         self.memory_calls: list[tuple[str, list[str]]] = []
@@ -132,12 +134,37 @@ class ScriptedServer:
         self.num_health += 1
         return web.Response(status=200 if self.is_healthy else 503)
 
-    async def _generate(self, request: web.Request) -> web.Response:
+    async def _generate(self, request: web.Request) -> web.StreamResponse:
         body = await request.json()
-        self.num_generate += 1
+        self.num_calls += 1
         if self.fails_with is not None:
             status, answer = self.fails_with
             return web.json_response(answer, status=status)
+        if not isinstance(body["rid"], list):
+            return web.json_response(await self._answer(body))
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+        await response.prepare(request)
+        keys = ("rid", "input_ids", "sampling_params")
+        bodies = [dict(zip(keys, values, strict=True)) for values in zip(*(body[key] for key in keys), strict=True)]
+        for one in bodies:  # SGLang sends an event with a response's first token, too
+            await self._event(response, one, {"output_ids": [0], "meta_info": {"finish_reason": None}})
+        answers = {asyncio.create_task(self._answer(one)): one for one in bodies}
+        while answers:
+            done, _ = await asyncio.wait(answers, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                await self._event(response, answers.pop(task), task.result())
+        await response.write(b"data: [DONE]\n\n")
+        return response
+
+    async def _event(self, response: web.StreamResponse, body: dict[str, Any], answer: dict[str, Any]) -> None:
+        answer["meta_info"]["id"] = body["rid"]
+        data = b"data: " + json.dumps(answer).encode() + b"\n\n"
+        half = len(data) // 2  # pieces of a stream end anywhere
+        await response.write(data[:half])
+        await response.write(data[half:])
+
+    async def _answer(self, body: dict[str, Any]) -> dict[str, Any]:
+        self.num_generate += 1
         self.bodies.append(body)
         num_tokens, reason, last_step = body["sampling_params"]["max_new_tokens"], "length", ()
         self.num_running += 1
@@ -148,8 +175,12 @@ class ScriptedServer:
         finally:
             self.num_running -= 1
         tokens = self.tokens_after(body["input_ids"], num_tokens) + last_step
-        meta = {"finish_reason": {"type": reason}, "output_token_logprobs": [[-0.5, token, None] for token in tokens]}
-        return web.json_response({"output_ids": tokens, "meta_info": meta})
+        meta: dict[str, Any] = {
+            "finish_reason": {"type": reason},
+            "output_token_logprobs": [[-0.5, token, None] for token in tokens],
+        }
+        meta["completion_tokens"] = len(tokens)
+        return {"output_ids": tokens, "meta_info": meta}
 
     async def _wait_for_abort(self, rid: str) -> None:
         self._aborts[rid] = asyncio.Event()
