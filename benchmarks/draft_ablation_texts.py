@@ -252,5 +252,5 @@ def _about(part: Recorded, kept: Sequence[Sample], captured: Sequence[DraftSampl
         "length_p50": lengths[len(lengths) // 2],
         "length_max": lengths[-1],
         **law_statistics(captured),
-        **ngram_statistics(kept, k),
+        **(ngram_statistics(kept, k) if part.split == HELD_OUT else {}),
     }
