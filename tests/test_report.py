@@ -156,6 +156,16 @@ def test_the_rule_named_is_the_one_that_ran(rollout: dict, rule: str):
     assert report_text.rule_name({"rollout": rollout}) == rule
 
 
+def test_what_the_draft_saved_and_cost_is_summed_and_a_bound_is_called_one():
+    said = report_text.draft_account(LINES)
+    assert "saved 12.0 s of rollouts" in said and "took 3.0 s, 10.0% of the run's time" in said
+    assert "trained in 3 of 6 steps, on 25% of the tokens" in said and "rising 3, losing 3" in said
+    assert "cost more than it brought" in said
+    bound = report_text.draft_account([line | {"draft_saved_time_basis": "bound"} for line in LINES[:3]])
+    assert "at most 6.0 s" in bound and "cost more" not in bound
+    assert "draft losing" in plain_line(LINES[5], 6)
+
+
 def test_text_of_the_run_cannot_become_markup(tmp_path: Path):
     config = CONFIG.replace("made-up", "<script>alert(1)</script>")
     assert "<script" not in write_report(make_run(tmp_path, LINES, config)).read_text()

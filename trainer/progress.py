@@ -56,6 +56,8 @@ def plain_line(line: Mapping[str, Any], total_steps: int) -> str:
     """One step as one line of text, for logs and pipes."""
     parts = [f"step {line['step'] + 1}/{total_steps}"]
     parts += [f"{title} {number(line, key, spec)}" for key, title, spec in COLUMNS[1:] if key in line]
+    if "draft_decision" in line:
+        parts.append(f"draft {line['draft_decision']}")
     phases = " ".join(f"{name} {seconds:.2f}s" for name, seconds in phase_seconds(line).items())
     return " | ".join([*parts, phases] if phases else parts)
 
@@ -88,6 +90,9 @@ def acceptance(line: Mapping[str, Any]) -> Table:
     for j, rate in enumerate(line.get("accept_rate_by_position", [])):
         forecast = f"predicted {predicted[j]:4.0%}" if j < len(predicted) else ""
         table.add_row(f"draft token {j + 1}", Bar(1.0, 0.0, rate, width=24, color="cyan"), f"{rate:4.0%}", forecast)
+    if "draft_balance_time_s" in line:
+        balance = f"{line['draft_balance_time_s']:+.1f} s saved less spent"
+        table.add_row("draft", Text(f"{line.get('draft_decision', '')} {balance}".strip(), style="dim"))
     return table
 
 
@@ -166,6 +171,10 @@ class Progress:
             self._redraw()
         else:
             self._console.print(plain_line(line, self._total), soft_wrap=True, highlight=False, markup=False)
+
+    def note(self, text: str) -> None:
+        """A line that must not be missed, and stays."""
+        self._console.print(text, style="bold red", soft_wrap=True, highlight=False, markup=False)
 
     def print_summary(self) -> None:
         if self._lines:

@@ -33,6 +33,10 @@ STEP_COLUMNS = (  # metrics key, heading, format
     ("response_len_max", "longest", "d"),
     ("entropy", "entropy", ".3f"),
     ("draft_loss", "draft loss", ".3f"),
+    ("draft_decision", "draft", "s"),
+    ("draft_token_share", "learned from", ".0%"),
+    ("draft_saved_time_s", "saved s", ".2f"),
+    ("draft_spent_time_s", "spent s", ".2f"),
     ("policy_version", "version", "d"),
 )
 
@@ -130,6 +134,7 @@ def cards(lines: text.Lines) -> list[Card]:
             text.change(lines, "tokens_per_s", "Tokens per second", ".0f"),
             ALARMS["throughput"],
         ),
+        Card("Saved and spent by the draft", svg(plots.draft_account), text.draft_account(lines), ALARMS["account"]),
         Card("Draft loss", svg(plots.draft_loss), text.change(lines, "draft_loss", "Draft loss"), ALARMS["draft"]),
         Card("Entropy", svg(plots.entropy), text.change(lines, "entropy", "Entropy of the policy"), ALARMS["entropy"]),
     ]
@@ -169,6 +174,8 @@ ALARMS = {
     "histogram": "one bar at the far right: responses that never end.",
     "running": "a long thin tail: most of the time then goes to a few long responses.",
     "throughput": "a fall that neither longer responses nor a lower accept length explains.",
+    "account": "the spent curve rising as fast as the saved one: draft.train_when = 'pays' trains less; a saved curve "
+    "that falls: the draft costs more than it brings.",
     "draft": "a loss that rises over many steps: the policy moves faster than the draft learns.",
     "entropy": "a drop towards zero early: the policy has collapsed; high acceptance is then no merit of the draft.",
 }

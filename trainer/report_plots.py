@@ -7,6 +7,7 @@ Colours are CSS variables, so that one figure serves a light and a dark page: ma
 from __future__ import annotations
 
 import io
+import itertools
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -274,6 +275,25 @@ def draft_loss(lines: Lines) -> Figure | None:
     drawn = line(axes, series(lines, "draft_loss"), "draft loss", SERIES[0])
     axes.set_ylim(bottom=0)
     return figure if drawn else None
+
+
+def draft_account(lines: Lines) -> Figure | None:
+    """Seconds since the start that speculation saved and the draft's training cost, and the steps that trained."""
+    figure, axes = new_axes("seconds since the start")
+    drawn = False
+    for key, label, colour in (("saved", saved_label(lines), SERIES[0]), ("spent", "spent on the draft", SERIES[3])):
+        steps, seconds = series(lines, f"draft_{key}_time_s")
+        drawn |= line(axes, (steps, list(itertools.accumulate(seconds))), label, colour)
+    trained = [row["step"] for row in lines if row.get("draft_token_share")]
+    if trained and len(trained) < len(lines):
+        axes.plot(trained, [0.0] * len(trained), "|", color=SERIES[1], markersize=9, label="trained in this step")
+    legend(axes)
+    return figure if drawn else None
+
+
+def saved_label(lines: Lines) -> str:
+    is_bound = any(row.get("draft_saved_time_basis") == "bound" for row in lines)
+    return "saved by speculation" + (" at most" if is_bound else "")
 
 
 def entropy(lines: Lines) -> Figure | None:

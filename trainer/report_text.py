@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -178,6 +179,34 @@ def anatomy(lines: Lines) -> str:
     measuring = sum(totals.get(name, 0.0) for name in MEASUREMENTS)
     note = f" Of these {measuring:.1f} s were measurement, not training (eval, probe)." if measuring else ""
     return f"{whole:.1f} s in all: {shares}.{note}"
+
+
+def draft_account(lines: Lines) -> str:
+    """What speculation saved and the draft cost over the run, and in how many steps it trained and why."""
+    saved, spent = values(lines, "draft_saved_time_s"), values(lines, "draft_spent_time_s")
+    if not saved or not spent:
+        return "No draft was trained or scored in this run."
+    bases = {line.get("draft_saved_time_basis") for line in lines}
+    at_most = "at most " if "bound" in bases else ""
+    whole = sum(sum(phase_seconds(line).values()) for line in lines)
+    share = f", {sum(spent) / whole:.1%} of the run's time" if whole else ""
+    text = f"Speculation saved {at_most}{sum(saved):.1f} s of rollouts; the draft's updates and syncs took "
+    text += f"{sum(spent):.1f} s{share}."
+    if at_most:
+        text += (
+            " What a step that verifies costs was not known in every step (plain_probe_interval measures it): there it "
+            "is taken to cost no more than a plain one."
+        )
+    shares = values(lines, "draft_token_share")
+    if shares:
+        trained = sum(share > 0 for share in shares)
+        text += f" It trained in {trained} of {len(shares)} steps, on {sum(shares) / len(shares):.0%} of the tokens."
+    reasons = Counter(line["draft_decision"] for line in lines if "draft_decision" in line)
+    if reasons:
+        text += f" Decisions: {', '.join(f'{reason} {count}' for reason, count in reasons.most_common())}."
+    if reasons["losing"]:
+        text += " In the steps called losing the draft cost more than it brought, and training promised no change."
+    return text
 
 
 def lengths(lines: Lines) -> str:
