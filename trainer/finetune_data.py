@@ -74,8 +74,8 @@ def load_texts(path: Path, config: DataConfig, response_key: str, tokenizer: Tok
         try:
             row = reader.read(parse_record(line))
             if rows and (row.response_ids is None) != (rows[0].response_ids is None):
-                has, had = ("no ", "a ") if row.response_ids is None else ("a ", "no ")
-                raise BadRow(f"has {has}response (key {response_key!r}), the first row has {had}one")
+                has, had = ("no", "one") if row.response_ids is None else ("a", "none")
+                raise BadRow(f"it has {has} response (key {response_key!r}), the first row has {had}")
             rows.append(row)
         except BadRow as bad:
             if not config.skip_bad_rows:

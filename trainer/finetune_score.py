@@ -17,6 +17,8 @@ from rollout_engine.types import Sample
 from trainer.draft_forecast import DraftSettings, all_reduce
 from trainer.finetune_data import pack_in_order
 
+LEAST_GAIN = 1e-3  # tokens a verification; what moves an accept length by less is rounding
+
 
 class HeldOut:
     """Texts that are never trained on. Each rank of `group` judges its share; None without torch.distributed."""
@@ -38,20 +40,22 @@ class HeldOut:
 
     def judge(self, draft: Eagle3, product_dtype: torch.dtype | None = None) -> AcceptForecast:
         """The exact expectation under the engine's rule and temperature, over the texts of all ranks. Collective."""
-        depth, rule = self._settings.depth, self._settings.rule
+        depth = self._settings.depth
         sums = torch.zeros(3 * depth + 1, dtype=torch.float64)
         for samples in self._batches:
-            batch = make_batch(capture_samples(self._decoder, samples, draft.config.aux_layer_ids))
-            if batch is None:
-                continue
-            posteriors_QK = accept_posteriors(draft, batch, depth, rule, product_dtype=product_dtype)
-            found = forecast_acceptance(posteriors_QK, batch.num_chains, depth)
-            sums += torch.tensor(
-                (*found.histogram, *found.proposed_by_position, *found.accepted_by_position), dtype=torch.float64
-            )
+            sums += torch.tensor(self._expected(samples, draft, product_dtype), dtype=torch.float64)
         sums = sums.to(self._decoder.device)
         all_reduce(sums, self._group)
         return forecast_of(sums.tolist(), depth)
+
+    def _expected(self, samples: Sequence[Sample], draft: Eagle3, product_dtype: torch.dtype | None) -> list[float]:
+        """Flat, of one batch, whose states are gone when this returns."""
+        depth, rule = self._settings.depth, self._settings.rule
+        batch = make_batch(capture_samples(self._decoder, samples, draft.config.aux_layer_ids))
+        if batch is None:
+            return [0.0] * (3 * depth + 1)
+        posteriors_QK = accept_posteriors(draft, batch, depth, rule, product_dtype=product_dtype)
+        return flat(forecast_acceptance(posteriors_QK, batch.num_chains, depth))
 
 
 def forecast_of(sums: Sequence[float], depth: int) -> AcceptForecast:
@@ -103,7 +107,7 @@ def why_worthless(after: AcceptForecast, before: AcceptForecast, cost: ReadCost,
     `started_from` names the draft whose forecast is `before`.
     """
     reached, was = after.accept_length, before.accept_length
-    if reached <= was:
+    if reached < was + LEAST_GAIN:
         return f"its accept length on held-out text is {reached:.3f}, that of {started_from} {was:.3f}"
     bound = cost.best_speedup(after)
     if bound <= 1.0:

@@ -24,7 +24,7 @@ from trainer.finetune_config import FinetuneConfig
 from trainer.finetune_data import epoch_steps, share_of_rank
 from trainer.finetune_inputs import draft_settings
 from trainer.finetune_progress import LENGTH, RATES
-from trainer.finetune_score import HeldOut, flat, forecast_of, rates
+from trainer.finetune_score import LEAST_GAIN, HeldOut, flat, forecast_of, rates
 
 Record = Callable[[dict[str, Any]], None]
 
@@ -122,7 +122,7 @@ class Tuning:
         return self._held_out.judge(self._learner.served, self._product_dtype)
 
     def _note(self, forecast: AcceptForecast) -> dict[str, Any]:
-        if forecast.accept_length > self.best.forecast.accept_length:
+        if forecast.accept_length >= self.best.forecast.accept_length + LEAST_GAIN:
             self.best = Best(forecast, _copied(self._learner.served))
         else:
             self.best.since += 1
