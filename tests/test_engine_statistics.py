@@ -7,18 +7,22 @@ deviation: standard normal for an exact engine, whatever the depth, the draft or
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
 import draft_models.verify as verify_module
+import rollout_engine.history_plan as plan_module
 from draft_models.eagle3 import Eagle3
+from rollout_engine.config import RolloutConfig, SpeculationConfig
 from rollout_engine.decoder import Decoder
 from rollout_engine.kv_cache import KVCache
 from rollout_engine.sampling import Proposal, RowSampling
-from rollout_engine.types import RolloutRequest, SamplingParams
-from tests.rollout_engine_helpers import load_pair, make_engine, run_engine, total_spec
+from rollout_engine.torch_engine import TorchEngine
+from rollout_engine.types import RolloutRequest, SamplingParams, SpecStats
+from tests.rollout_engine_helpers import load_pair, run_engine, total_spec
 
 SIZES = {
     "vocab_size": 12,
@@ -30,6 +34,8 @@ SIZES = {
     "max_position_embeddings": 64,
 }
 RESPONSE = 50
+NO_HISTORY = SpeculationConfig()
+HISTORY = SpeculationConfig(history=True, history_num_steps=5, history_min_match=1, history_min_confidence=0.0)
 Pair = tuple[Decoder, Eagle3]
 
 
@@ -38,14 +44,20 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
     return load_pair(tmp_path_factory.mktemp("model"), torch.float32, **SIZES)
 
 
-def roll_out(pair: Pair, rule: str, num_tokens: int) -> torch.Tensor:
+def roll_out(pair: Pair, rule: str, num_tokens: int, history: SpeculationConfig = NO_HISTORY) -> torch.Tensor:
     """[N, 1 + RESPONSE] texts, each a prompt of one token and a response under `rule` at temperature 1."""
     requests = [
         RolloutRequest(i, 0, (i % 11,), SamplingParams(max_new_tokens=RESPONSE, seed=7919 * i + 1))
         for i in range(num_tokens // RESPONSE)
     ]
-    samples = run_engine(make_engine(*pair, verify_rule=rule, max_running_requests=512), requests)
+    config = RolloutConfig(controller="fixed", verify_rule=rule, max_running_requests=128 if history.history else 512)
+    samples = run_engine(TorchEngine(pair[0], config, draft=pair[1], speculation=history), requests)
     spec = total_spec(samples)
+    if history.history:
+        of_history = spec.history or SpecStats()
+        assert len(of_history.proposed_by_position) == 5
+        assert min(of_history.num_verify_steps, spec.by_draft_model.num_verify_steps) > 0.2 * spec.num_verify_steps
+        spec = spec.by_draft_model
     assert len(spec.accepted_histogram) == 4 and min(spec.accepted_histogram) > 0.005 * spec.num_verify_steps
     return torch.tensor([samples[r.key].request.prompt_ids + samples[r.key].token_ids for r in requests])
 
@@ -96,8 +108,8 @@ def statistics(pair: Pair, text: torch.Tensor, rule: str) -> dict[str, float]:
     }
 
 
-def check(pair: Pair, rule: str, num_tokens: int) -> None:
-    for name, z in statistics(pair, roll_out(pair, rule, num_tokens), rule).items():
+def check(pair: Pair, rule: str, num_tokens: int, history: SpeculationConfig = NO_HISTORY) -> None:
+    for name, z in statistics(pair, roll_out(pair, rule, num_tokens, history), rule).items():
         assert abs(z) < 4, f"{name}: z = {z:.1f}"
 
 
@@ -110,6 +122,27 @@ def test_hundred_thousand_tokens(pair: Pair, rule: str) -> None:
 @pytest.mark.parametrize("rule", ["rejection", "target_only"])
 def test_million_tokens(pair: Pair, rule: str) -> None:
     check(pair, rule, 1_000_000)
+
+
+def in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of one batch have drafts of the model and of history in every mixture, whatever was measured before."""
+    turns = iter(range(10**9))
+    monkeypatch.setattr(plan_module, "prefers_history", lambda gains, depth, width: next(turns) % 5 in (1, 2))
+
+
+@pytest.mark.parametrize("rule", ["rejection", "target_only"])
+def test_history_drafts_between_the_models(pair: Pair, rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    in_turns(monkeypatch)
+    check(pair, rule, 30_000, HISTORY)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rule", ["rejection", "target_only"])
+@pytest.mark.parametrize("turns", [True, False])
+def test_a_million_tokens_with_history(pair: Pair, rule: str, turns: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if turns:
+        in_turns(monkeypatch)
+    check(pair, rule, 1_000_000, HISTORY if turns else replace(HISTORY, history_min_confidence=0.05))
 
 
 def accept_more(factor: float) -> Callable[[pytest.MonkeyPatch], None]:
@@ -148,6 +181,28 @@ def test_gross_bugs_are_noticed(
     bug(monkeypatch)
     with pytest.raises(AssertionError, match="z = "):
         check(pair, rule, 20_000)
+
+
+def history_with_the_models_law(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Verification takes a token of history for one that the draft model drew."""
+    with_given = Proposal.with_given
+
+    def bug(self: Proposal, given: Any) -> Proposal:
+        merged = with_given(self, given)
+        if self.probs_BKV is None or merged.probs_BKV is None:
+            return merged
+        probs = merged.probs_BKV.clone()
+        probs[:, : self.probs_BKV.shape[1]] = self.probs_BKV
+        return replace(merged, probs_BKV=probs)
+
+    monkeypatch.setattr(Proposal, "with_given", bug)
+
+
+def test_a_wrong_law_for_history_is_noticed(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    in_turns(monkeypatch)
+    history_with_the_models_law(monkeypatch)
+    with pytest.raises(AssertionError, match="z = "):
+        check(pair, "rejection", 20_000, HISTORY)
 
 
 @pytest.mark.parametrize("rule", ["rejection"])

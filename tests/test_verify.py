@@ -121,6 +121,12 @@ def test_enumeration_sees_a_given_draft_that_is_taken_for_the_models(monkeypatch
     assert law_error(TOYS["rejection, given drafts in between"]) > 1e-3
 
 
+def test_enumeration_sees_a_choice_that_depends_on_the_models_draft() -> None:
+    """Given drafts only where the model drew something else: each is verified by its own law, and the sum is wrong."""
+    toy = TOYS["rejection, given drafts in between"]
+    assert law_error(dataclasses.replace(toy, peeks=True)) > 1e-3
+
+
 def test_given_drafts_stand_between_the_models() -> None:
     """What the exactness tests above are about: rows of both sources, of different lengths, in one batch."""
     toy = TOYS["rejection, given drafts in between"]

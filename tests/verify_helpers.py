@@ -42,6 +42,7 @@ class Toy:
     q_is_p: bool = False
     vary_num_drafts: bool = False
     gives: bool = False  # after some prefixes, other drafts than the model's are proposed: point masses, and deeper
+    peeks: bool = False  # a fault: whether drafts are given depends on the one that the model drew
     stale_q: bool = False  # a fault: verification is told the proposal of another prefix
 
     def p(self, prefix: Prefix) -> Tensor:
@@ -107,6 +108,8 @@ def steps(toy: Toy, prefixes: Sequence[Prefix]) -> list[dict[Prefix, float]]:
     """
     rows = [(prefix, *row) for prefix in prefixes for row in proposals(toy, prefix)]
     given = [toy.given(prefix) for prefix, _, _ in rows]
+    if toy.peeks:
+        given = [tokens if tokens[:1] != draft[:1] else () for tokens, (_, draft, _) in zip(given, rows, strict=True)]
     padded = [draft + (0,) * (toy.k - len(draft)) for _, draft, _ in rows]
     q_BKV = torch.stack(
         [
@@ -139,7 +142,7 @@ def steps(toy: Toy, prefixes: Sequence[Prefix]) -> list[dict[Prefix, float]]:
 
 def proposals(toy: Toy, prefix: Prefix) -> list[tuple[Prefix, float]]:
     """Every chain that the draft model may propose after the prefix, with its chance; none where drafts are given."""
-    n = 0 if toy.given(prefix) else toy.num_drafts(prefix)
+    n = 0 if toy.given(prefix) and not toy.peeks else toy.num_drafts(prefix)
     drafts = list(itertools.product(range(toy.vocab), repeat=n))
     chances = [torch.stack([toy.q(prefix + d[:j])[d[j]] for j in range(n)]).prod().item() if n else 1.0 for d in drafts]
     return [(d, chance) for d, chance in zip(drafts, chances, strict=True) if chance > 0]
