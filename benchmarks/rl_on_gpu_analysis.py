@@ -259,6 +259,9 @@ def mean_curve(curves: Sequence[Sequence[float]]) -> list[float]:
     return [statistics.fmean(values) for values in zip(*curves, strict=False)]
 
 
+CATCH_UP_STEPS = 10  # RL steps in which a random draft is to catch up
+
+
 @dataclass(frozen=True, slots=True)
 class CatchUp:
     """The online draft's accept length (mean over seeds) against the frozen one's, at the same steps."""
@@ -266,6 +269,8 @@ class CatchUp:
     first_step: int | None  # from 0; the first at 90 % of the frozen draft's; None: never
     steps_below_after: int  # later steps at which it is below the frozen draft's
     steps_after: int
+    below_from: int  # of the steps from CATCH_UP_STEPS on, those at which it is below the frozen draft's
+    steps_from: int
     final_ratio: float
     num_seeds: int
 
@@ -277,7 +282,9 @@ def catch_up(runs: Sequence[RunRecord], online: str, frozen: str, share: float =
         return None
     first = next((i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x >= share * y), None)
     later = [] if first is None else list(zip(a, b, strict=True))[first + 1 :]
-    return CatchUp(first, sum(x < y for x, y in later), len(later), a[-1] / b[-1], len(ours))
+    late = list(zip(a, b, strict=True))[CATCH_UP_STEPS:]
+    below, below_late = (sum(x < y for x, y in pairs) for pairs in (later, late))
+    return CatchUp(first, below, len(later), below_late, len(late), a[-1] / b[-1], len(ours))
 
 
 # ---- rewards ----

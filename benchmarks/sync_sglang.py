@@ -33,7 +33,8 @@ from sync.publish import publish
 from trainer.hf_files import read_config
 
 WARM_UP = 2  # syncs that map memory and compile kernels
-PHASES = ("checksum", "pack", "request", "loader")  # the loader's seconds are part of the request's
+# The request's parts are hold, update and flush, and the loader's seconds are part of the update's.
+PHASES = ("checksum", "pack", "request", "hold", "update", "loader", "flush")
 # Qwen3-0.6B's sizes
 SHAPES: dict[str, dict[str, Any]] = {
     "0.6b": {
@@ -137,7 +138,7 @@ def show(out: Console, rows: Sequence[dict[str, Any]]) -> None:
         figures = (f"{row['median_s'] * 1e3:.2f}", f"{row['gib_per_s']:.2f}", f"{row['over_copy']:.1f}")
         table.add_row(row["arm"], *figures, *phases)
     out.print(table)
-    out.print("the request holds the loader's part, the HTTP round trips and the flush of the prefix cache")
+    out.print("a request holds running work, updates (the loader's part is in it) and flushes the prefix cache")
 
 
 def make_sources(plan: SyncPlan, draft: Eagle3, device: torch.device) -> tuple[Weights, Weights]:

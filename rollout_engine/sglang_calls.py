@@ -50,9 +50,9 @@ class GenerateCalls:
 
     def _begin(self, group: Sequence[tuple[dict[str, Any], asyncio.Future[Answer]]]) -> None:
         work = self._alone(*group[0]) if len(group) == 1 else self._together(group)
-        task = asyncio.create_task(_answered(work, [answer for _, answer in group]))
-        self._calls.add(task)
-        task.add_done_callback(self._calls.discard)
+        call = asyncio.create_task(_answered(work, [answer for _, answer in group]))  # noqa: RUF006  it is kept in _calls
+        self._calls.add(call)
+        call.add_done_callback(self._calls.discard)
 
     async def _alone(self, body: dict[str, Any], answer: asyncio.Future[Answer]) -> None:
         reply = await self._client.request("POST", _PATH, body)

@@ -42,7 +42,7 @@ from sync.remote import RemoteTransport, connect
 
 _POLL_S = 0.5
 _DEATH_S = 3.0  # how long a server that broke a connection may take to be seen dead
-_FLUSH_TIMEOUT_S = 30.0
+_FLUSH_TIMEOUT_S, _FLUSH_AGAIN_S = 30.0, 0.003
 _CONTROL_TIMEOUT_S = 300.0  # for one weight update, release or resume of memory
 _STOP_TIMEOUT_S = 60.0  # for the answer to an abort, which waits for nothing
 _WARM_UP_TOKENS = 8
@@ -128,6 +128,7 @@ class SGLangEngine:
         self._released: list[str] = []  # kinds of memory that the server has given back
         self._has_weights = True  # False from offload to the next complete sync
         self._is_generating = self._is_syncing = self._is_closed = False
+        self.delivery_s: Mapping[str, float] = {}  # of the last sync's request: hold, update (loader included), flush
         if serves_files:
             self._client.run(self._pool.open(0))
 
@@ -221,11 +222,15 @@ class SGLangEngine:
         loader's verdict is known. Raises SyncError when the server cannot be reached or died of it.
         """
         try:
+            start_s = monotonic()
             self._client.run(self._pool.hold())
+            held_s = monotonic()
             with self._weight_update() as models:
                 self._control("/update_weights_from_tensor", update_body(payload) | models)
             self._resume("kv_cache")
+            updated_s = monotonic()
             self._flush()
+            self.delivery_s = {"hold": held_s - start_s, "update": updated_s - held_s, "flush": monotonic() - updated_s}
         except EngineError as error:
             raise SyncError(f"the engine could not be handed new weights: {error}") from error
 
@@ -293,7 +298,7 @@ class SGLangEngine:
         while not (reply := self._call("POST", "/flush_cache")).ok:
             if monotonic() > deadline_s:
                 raise EngineError(f"the SGLang server does not flush its cache: {reply.text()}")
-            sleep(0.02)
+            sleep(_FLUSH_AGAIN_S)
 
     def _control(self, path: str, payload: dict[str, Any]) -> None:
         reply = self._call("POST", path, payload)
@@ -430,8 +435,8 @@ class SteppingTransport:
 
     @property
     def phases_s(self) -> Mapping[str, float]:
-        """Of the last send, as `sync.remote.RemoteTransport` measures them."""
-        return self._inner.phases_s
+        """Of the last send, as `sync.remote.RemoteTransport` measures them, and the parts of its request."""
+        return {**self._inner.phases_s, **self._engine.delivery_s}
 
     def send(self, bundle: Bundle) -> int:
         """See `sync.publish.Transport`. After a refusal the old version serves on, if it is whole and still there."""

@@ -157,6 +157,11 @@ def test_catching_up_is_the_mean_over_seeds_at_ninety_percent():
     found = catch_up(runs, "online", "frozen")
     assert (found.first_step, found.steps_below_after, found.steps_after, found.num_seeds) == (1, 1, 2, 2)
     assert found.final_ratio == pytest.approx(0.95)
+    assert (found.below_from, found.steps_from) == (0, 0)
+    runs = [curve("frozen", 0, 14 * [2.0]), curve("online", 0, [*(10 * [1.9]), 2.1, 1.9, 2.1, 1.9])]
+    found = catch_up(runs, "online", "frozen")
+    assert (found.first_step, found.below_from, found.steps_from) == (0, 2, 4)
+    assert (found.steps_below_after, found.steps_after) == (11, 13)
     assert catch_up([run for run in runs if run.arm == "frozen"], "online", "frozen") is None
 
 
@@ -234,7 +239,7 @@ def accepting(arm: str, values: list[float]) -> RunRecord:
     [
         ([1.0] * 9 + [1.8, 2.0], True, True),
         ([1.0] * 9 + [1.8, 1.9], True, False),
-        ([1.0] * 10 + [2.0], False, None),
+        ([1.0] * 10 + [2.0], False, True),
         ([1.0] * 11, False, False),
         ([1.0] * 9, None, None),
     ],

@@ -1,4 +1,4 @@
-"""Requests that share a call: the answers that they get one by one, each when it ends, each fault to whom it belongs."""
+"""Requests that share a call: the answers that each gets alone, when it ends, each fault to whom it belongs."""
 
 from __future__ import annotations
 

@@ -192,11 +192,12 @@ def test_a_draft_is_never_taken_over_alone(eagle: SGLangEngine, policy: Path, we
 def test_a_sync_in_mid_flight_under_speculation(eagle: SGLangEngine, policy: Path, weights: Weights) -> None:
     """The new policy and draft serve the rest of each response; statistics go on over both parts."""
     publish(weights, repeating_draft(policy, weights).named_tensors(), eagle.transport, 20)
+    newer = helpers.other_weights(weights, seed=3)
+    newer_draft = repeating_draft(policy, newer).named_tensors()
     requests = [helpers.greedy((3, 4), 99, max_new_tokens=1), *greedy_batch(6, VOCAB, max_new_tokens=100)]
     iterator = eagle.generate(requests)
     first = next(iterator)
-    newer = helpers.other_weights(weights, seed=3)
-    publish(newer, repeating_draft(policy, newer).named_tensors(), eagle.transport, 21)
+    publish(newer, newer_draft, eagle.transport, 21)
     found = helpers.collect([first, *iterator])
     assert found.keys() == {request.key for request in requests}
     split = [sample for sample in found.values() if len(sample.policy_versions) == 2]
