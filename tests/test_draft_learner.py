@@ -251,3 +251,14 @@ def test_evaluation_leaves_the_depth_controller_alone(monkeypatch: pytest.Monkey
     before = controller.state()
     assert loop.after_step(run, 0) == {"eval_reward": 1.0}
     assert controller.state() == before
+
+
+def test_a_reduced_vocabulary_tells_what_it_covers() -> None:
+    draft = small_draft(draft_vocab_size=11)
+    learner = DraftLearner(draft, DraftConfig(max_tokens_per_forward=20), DraftSettings(VerifyRule.REJECTION, 3))
+    metrics = learner.update(captured(), everything(captured()))
+    next_tokens = [int(token) for s in captured() for token in s.token_ids[s.prompt_len + 1 :]]
+    said = sum(token in draft.target_ids.tolist() for token in next_tokens)
+    assert metrics["draft_vocab_coverage"] == pytest.approx(said / len(next_tokens)) and 0 < said < len(next_tokens)
+    whole = make_learner().update(captured(), everything(captured()))
+    assert "draft_vocab_coverage" not in whole

@@ -126,6 +126,14 @@ def test_the_frozen_draft_is_compared_with_the_trained_one_at_equal_depth():
     assert "would have had 2.75 tokens per verify step, the frozen one 2.25" in report_text.accept_length([line])
 
 
+def test_history_and_the_draft_model_are_told_apart():
+    lines = [full_line(0), {**full_line(1), "history_verify_steps": 120, "history_accept_length": 1.0}]
+    assert "30% of the verify steps took their drafts from there, at 1.50 tokens each" in report_text.accept_length(lines)
+    assert "the others were the draft model's, at 1.19" in report_text.accept_length(lines)
+    without = {key: value for key, value in full_line(2).items() if "history" not in key}
+    assert "siblings" not in report_text.accept_length([without])
+
+
 def test_zero_log_prob_difference_is_said_though_a_log_axis_cannot_draw_it(tmp_path: Path):
     lines = [line | {"logp_diff_mean": 0.0, "logp_diff_max": 0.0} for line in LINES]
     html = write_report(make_run(tmp_path, lines)).read_text()
@@ -231,3 +239,10 @@ def test_the_report_says_whether_tokens_came_from_the_policys_law(z, words):
 
 def test_nothing_is_said_of_a_law_that_no_step_tells_of():
     assert report_text.surprise([{"logp_diff_max": 1.0}]) == ""
+
+
+def test_the_draft_loss_is_named_and_stands_beside_the_rules_own_acceptance():
+    assert report_text.draft_loss(LINES).startswith("Draft loss (lk) went from")
+    said = report_text.draft_acceptance(LINES)
+    assert "50% of the draft's first tokens" in said and "tokens 2, 40% and 55%" in said
+    assert "not recorded" in report_text.draft_acceptance([{"step": 0}])

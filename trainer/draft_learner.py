@@ -179,7 +179,7 @@ class DraftLearner:
         for batch in batches:
             loss = self._loss(batch, posteriors=posteriors)
             (loss.loss_sum / count).backward()
-            sums += self._sums(loss)
+            sums += self._sums(loss, batch)
             if loss.posterior_QK is not None:
                 found.append(loss.posterior_QK)
         all_reduce(sums, self._group)
@@ -203,20 +203,23 @@ class DraftLearner:
         all_reduce(count, self._group)
         return int(count)
 
-    def _sums(self, loss: DraftLoss) -> torch.Tensor:
-        """Float64 [1 + unroll, 5]: (loss, chains, 0, 0, 0), then (chains, KL, overlap, top1, acceptance) by step."""
+    def _sums(self, loss: DraftLoss, batch: DraftBatch) -> torch.Tensor:
+        """Float64 [1 + unroll, 5]: (loss, chains, tokens of the text that the draft can say, 0, 0), then
+        (chains, KL, overlap, top1, acceptance) by step."""
         assert loss.accept_K is not None
         counts = torch.tensor([loss.token_count, *loss.counts], dtype=torch.float64)
         counts = counts.to(self._device, non_blocking=True)
         sums = torch.zeros(1 + self.config.unroll, 5, dtype=torch.float64, device=self._device)
         sums[0, 0], sums[0, 1], sums[1:, 0] = loss.loss_sum.detach(), counts[0], counts[1:]
+        if self.draft.config.is_reduced:
+            sums[0, 2] = self.draft.get_buffer("t2d")[batch.next_token_Q].sum()
         sums[1:, 1:] = torch.stack((loss.kl_K, loss.overlap_K, loss.top1_K, loss.accept_K), dim=1)
         return sums
 
     def _step(self, sums: torch.Tensor, batches: Sequence[DraftBatch]) -> dict[str, float]:
         """Reduce over the group, clip, step. A rank without samples adds zero; without any on any rank: {}."""
         grad_norm = self._reduce_and_clip()
-        (loss_sum, count, *_), *by_step = sums.tolist()
+        (loss_sum, count, sayable, *_), *by_step = sums.tolist()
         if count == 0:
             return {}
         if not (math.isfinite(loss_sum) and math.isfinite(grad_norm)):
@@ -226,6 +229,8 @@ class DraftLearner:
             )
         self._take_step()
         result = {"loss": loss_sum / count, "grad_norm": grad_norm, "tokens": count}
+        if self.draft.config.is_reduced:
+            result["vocab_coverage"] = sayable / count
         for j, (chains, *totals) in enumerate(by_step):
             if chains > 0:
                 names = ("kl", "overlap", "top1", "accept")
@@ -290,7 +295,8 @@ def _mean_metrics(steps: Sequence[dict[str, float]]) -> dict[str, Any]:
         return sum(values) / len(values)
 
     depth = sum(key.startswith("kl_") for key in steps[0])
-    return {
+    reduced = {"draft_vocab_coverage": mean("vocab_coverage")} if "vocab_coverage" in steps[0] else {}
+    return reduced | {
         "draft_tokens": int(sum(step["tokens"] for step in steps)),
         "draft_updates": len(steps),
         "draft_loss": mean("loss"),

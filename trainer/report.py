@@ -24,6 +24,8 @@ STEP_COLUMNS = (  # metrics key, heading, format
     ("expected_accept_length", "expected", ".2f"),
     ("predicted_accept_length", "predicted at full depth", ".2f"),
     ("frozen_accept_length", "frozen draft", ".2f"),
+    ("draft_accept_length", "draft model's steps", ".2f"),
+    ("history_accept_length", "history's steps", ".2f"),
     ("tokens_per_forward", "tokens/forward", ".2f"),
     ("tokens_per_s", "tokens/s", ".0f"),
     ("speedup_vs_plain", "vs plain", ".2f"),
@@ -135,7 +137,13 @@ def cards(lines: text.Lines) -> list[Card]:
             ALARMS["throughput"],
         ),
         Card("Saved and spent by the draft", svg(plots.draft_account), text.draft_account(lines), ALARMS["account"]),
-        Card("Draft loss", svg(plots.draft_loss), text.change(lines, "draft_loss", "Draft loss"), ALARMS["draft"]),
+        Card("Draft loss", svg(plots.draft_loss), text.draft_loss(lines), ALARMS["draft"]),
+        Card(
+            "Acceptance in the draft's training",
+            svg(plots.draft_acceptance),
+            text.draft_acceptance(lines),
+            ALARMS["draft_acceptance"],
+        ),
         Card("Entropy", svg(plots.entropy), text.change(lines, "entropy", "Entropy of the policy"), ALARMS["entropy"]),
     ]
 
@@ -177,5 +185,7 @@ ALARMS = {
     "account": "the spent curve rising as fast as the saved one: draft.train_when = 'pays' trains less; a saved curve "
     "that falls: the draft costs more than it brings.",
     "draft": "a loss that rises over many steps: the policy moves faster than the draft learns.",
+    "draft_acceptance": "a loss that falls while this stands: draft.loss does not fit the verify rule; late steps far "
+    "below the first: the draft is unrolled for fewer steps than the engine drafts.",
     "entropy": "a drop towards zero early: the policy has collapsed; high acceptance is then no merit of the draft.",
 }

@@ -270,8 +270,20 @@ def running_batch(lines: Lines) -> Figure | None:
     return figure
 
 
+def draft_acceptance(lines: Lines) -> Figure | None:
+    """What the verify rule would accept of the draft in training, by unroll step."""
+    figure, axes = new_axes("chance of acceptance")
+    steps, rates = series(lines, "draft_accept_by_step")
+    for j in range(max(map(len, rates), default=0)):
+        line(axes, at(steps, rates, j), f"unroll step {j + 1}", SERIES[j % len(SERIES)])
+    axes.set_ylim(0, 1)
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    legend(axes)
+    return figure if any(rates) else None
+
+
 def draft_loss(lines: Lines) -> Figure | None:
-    figure, axes = new_axes("nats per token")
+    figure, axes = new_axes("loss per token")
     drawn = line(axes, series(lines, "draft_loss"), "draft loss", SERIES[0])
     axes.set_ylim(bottom=0)
     return figure if drawn else None

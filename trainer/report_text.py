@@ -83,6 +83,25 @@ def change(lines: Lines, key: str, name: str, spec: str = ".2f") -> str:
     return f"{name} went from {ends[0]:{spec}} to {ends[1]:{spec}} ({how})."
 
 
+def draft_loss(lines: Lines) -> str:
+    kinds = [line["draft_loss_kind"] for line in lines if "draft_loss_kind" in line]
+    return change(lines, "draft_loss", f"Draft loss ({kinds[-1]})" if kinds else "Draft loss")
+
+
+def draft_acceptance(lines: Lines) -> str:
+    """The ends of the first and of the last unroll step."""
+    rows = [line["draft_accept_by_step"] for line in lines if line.get("draft_accept_by_step")]
+    if not rows:
+        return "The rule's acceptance in training was not recorded in this run."
+    first, last = rows[0], rows[-1]
+    depth = min(len(first), len(last))
+    return (
+        f"On the texts learned from, the verify rule would have accepted {first[0]:.0%} of the draft's first tokens in "
+        f"the first step and {last[0]:.0%} in the last; of its tokens {depth}, {first[depth - 1]:.0%} and "
+        f"{last[depth - 1]:.0%}."
+    )
+
+
 def accept_length(lines: Lines) -> str:
     text = change(lines, "accept_length", "Accept length")
     frozen = [line for line in lines if "frozen_accept_length" in line and "predicted_accept_length" in line]
@@ -93,7 +112,28 @@ def accept_length(lines: Lines) -> str:
             f"{last['predicted_accept_length']:.2f} tokens per verify step, the frozen one "
             f"{last['frozen_accept_length']:.2f}."
         )
-    return text
+    return text + history(lines)
+
+
+def history(lines: Lines) -> str:
+    """What history drafts did over the run; empty where there were none."""
+    needed = {"verify_steps", "history_verify_steps", "history_accept_length"}
+    with_history = [line for line in lines if needed <= line.keys()]
+    if not with_history:
+        return ""
+    steps = sum(line["history_verify_steps"] for line in with_history)
+    length = sum(line["history_verify_steps"] * line["history_accept_length"] for line in with_history) / steps
+    share = steps / sum(line["verify_steps"] for line in with_history)
+    model = [line for line in with_history if "draft_accept_length" in line]
+    of_model = [line["verify_steps"] - line["history_verify_steps"] for line in model]
+    text = (
+        f" In the steps where siblings and earlier epochs were looked up, {share:.0%} of the verify steps took their "
+    )
+    text += f"drafts from there, at {length:.2f} tokens each"
+    if model:
+        length = sum(n * line["draft_accept_length"] for n, line in zip(of_model, model, strict=True)) / sum(of_model)
+        text += f"; the others were the draft model's, at {length:.2f}"
+    return text + "."
 
 
 def forecast(lines: Lines) -> str:
