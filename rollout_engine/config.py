@@ -46,10 +46,13 @@ class RolloutConfig:
 
 @dataclass(frozen=True, slots=True)
 class SpeculationConfig:
-    """`[speculation]`: a second drafter beside EAGLE-3, which remembers what was written before.
+    """`[speculation]`: a second drafter beside EAGLE-3, which remembers what was written before, and a sentinel.
 
     History drafts are what followed the same words in the prompt's siblings and in its earlier epochs. They go first
     where they are likelier to stand than EAGLE-3's, per request and step.
+
+    The sentinel compares what draft and policy should have shown on a rollout's texts with what the engine showed, and
+    stops speculation for good where chance cannot explain the difference.
     """
 
     history: bool = False  # the embedded engine with EAGLE3
@@ -58,3 +61,7 @@ class SpeculationConfig:
     history_max_match: int = 16  # more than these make no difference
     history_min_confidence: float = 0.3  # measured share of first tokens that stand, below which nothing is proposed
     history_max_tokens: int = 2_000_000  # of finished texts kept; the oldest rollouts' go first
+    sentinel: bool = True  # training with EAGLE3
+    sentinel_alpha: float = 1e-3  # chance that a whole run of a sound engine sees a false alarm, at most
+    sentinel_min_effect: float = 0.02  # acceptance that rounding may add or take anywhere; less raises nothing
+    sentinel_tokens: int = 4096  # of a rollout's texts compared, at least; those of the draft's first update are free

@@ -145,6 +145,9 @@ GOOD = ("--rollout-batch-size=4", "--n-samples-per-prompt=4", *SOURCES)
         (["--draft.max-tokens-per-update=0"], "max_tokens_per_update = 0"),
         (["--speculation.history-num-steps=-1"], "speculation.history_num_steps = -1: it must be at least 0"),
         (["--speculation.history-min-match=0"], "history_min_match = 0: it must be at least 1"),
+        (["--speculation.sentinel-tokens=0"], "sentinel_tokens = 0: it must be at least 1"),
+        (["--speculation.sentinel-alpha=0"], "sentinel_alpha = 0.0: it must be between 0 and 1"),
+        (["--speculation.sentinel-min-effect=0.5"], "sentinel_min_effect = 0.5: it must be at least 0 and below 0.5"),
         (["--speculation.history-max-tokens=0"], "history_max_tokens = 0"),
         (
             ["--speculation.history", "--speculation.history-min-match=9", "--speculation.history-max-match=8"],
@@ -238,7 +241,8 @@ def test_sglang_warns_once_of_each_thing():
     assert "ignores seeds while verifying" in seeds and "reproducible = false" in seeds
     depth, _ = validate(from_flags(*GOOD, "--engine=sglang"))
     assert "always drafts 3 tokens" in depth and "--sglang-speculative-adaptive" in depth
-    assert len(validate(from_flags(*GOOD, "--engine=sglang", "--sglang-speculative-adaptive"))) == 1
+    _, unwatched = validate(from_flags(*GOOD, "--engine=sglang", "--sglang-speculative-adaptive"))
+    assert "sentinel watches nothing" in unwatched and "speculative_adaptive" in unwatched
     lossy, *_ = validate(from_flags(*GOOD, *SGLANG, "--rollout.min-p=0.1", "--allow-lossy"))
     assert "min_p = 0.1" in lossy and "do not follow the policy's law" in lossy
 
@@ -267,6 +271,8 @@ def test_dtypes_that_differ_warn():
 
 def test_filters_in_training_and_ngram_rejection_warn():
     assert "top_p = 0.9 and top_k = 5" in validate(from_flags(*GOOD, "--rollout-top-p=0.9", "--rollout-top-k=5"))[0]
+    assert "sentinel watches nothing" in validate(from_flags(*GOOD, "--rollout-top-p=0.9"))[1]
+    assert len(validate(from_flags(*GOOD, "--rollout-top-p=0.9", "--speculation.sentinel=false"))) == 1
     assert "point masses" in validate(from_flags(*GOOD, "--speculative-algorithm=NGRAM"))[0]
     assert validate(from_flags(*GOOD, "--speculative-algorithm=NGRAM", "--rollout.verify-rule=target_only")) == []
 

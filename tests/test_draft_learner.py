@@ -13,6 +13,7 @@ from draft_models.config import DraftConfig
 from draft_models.eagle3 import Eagle3
 from draft_models.training import split_by_tokens
 from draft_models.types import DraftSample, VerifyRule
+from rollout_engine.config import SpeculationConfig
 from tests.draft_helpers import random_sample, small_draft
 from tests.policy_helpers import rollout, run_ranks
 from trainer import loop
@@ -20,6 +21,7 @@ from trainer.config import RunConfig
 from trainer.draft_learner import DraftLearner, DraftSettings, DraftUpdateError, plan_updates
 from trainer.draft_schedule import Decision, Reason
 from trainer.metrics import PhaseClock
+from trainer.sentinel_watch import SentinelWatch
 
 ALWAYS = Decision(1.0, Reason.ALWAYS)
 
@@ -206,7 +208,9 @@ def same(a: Any, b: Any) -> bool:
 
 
 def fake_run(learner: Any, **changes: Any) -> Any:
-    return SimpleNamespace(capture=object(), learner=learner, clock=PhaseClock(), config=RunConfig(**changes))
+    config = RunConfig(**changes)
+    watch = SentinelWatch(replace(config, speculation=SpeculationConfig(sentinel=False)))
+    return SimpleNamespace(capture=object(), learner=learner, clock=PhaseClock(), config=config, watch=watch)
 
 
 def test_the_copy_is_frozen_at_its_step_though_every_group_was_dropped() -> None:

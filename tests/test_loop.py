@@ -101,9 +101,8 @@ def test_forecast_sees_a_draft_that_was_not_synced(config: Config, monkeypatch: 
 
     monkeypatch.setattr(WeightReceiver, "_copy", keep_old_draft)
     monkeypatch.setattr(WeightReceiver, "_verify_written", lambda *_: None)
-    folder = helpers.run(
-        config("stale", num_rollout=8, rollout__verify_rule="coupled", draft__lr=3e-2, data__rollout_batch_size=6)
-    )
+    changes = {"draft__lr": 3e-2, "data__rollout_batch_size": 6, "speculation__sentinel": False}
+    folder = helpers.run(config("stale", num_rollout=8, rollout__verify_rule="coupled", **changes))
     gaps = [abs(line["predicted_accept_length"] - line["accept_length"]) for line in helpers.metrics(folder)]
     assert gaps[0] < 0.1 and max(gaps) > 0.5  # in step 0 the draft is the one that was sent
 

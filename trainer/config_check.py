@@ -10,7 +10,13 @@ from draft_models.config import DraftConfig
 from draft_models.losses import LossKind
 from rollout_engine.checks import check_history
 from rollout_engine.config import RolloutConfig, SpeculationConfig
-from rollout_engine.sglang_checks import check_draft_vocabulary, check_sglang, check_sync_folder, check_torch
+from rollout_engine.sglang_checks import (
+    check_draft_vocabulary,
+    check_sglang,
+    check_sync_folder,
+    check_torch,
+    lossy_settings,
+)
 from rollout_engine.types import EngineConfigError
 from trainer.config import ConfigError, RunConfig
 from trainer.config_load import Override
@@ -49,6 +55,7 @@ _AT_LEAST_ONE = (
     "draft.capture_max_bytes",
     "speculation.history_min_match",
     "speculation.history_max_tokens",
+    "speculation.sentinel_tokens",
 )
 
 _AT_LEAST_ZERO = (
@@ -80,7 +87,7 @@ _AT_LEAST_ZERO = (
 
 _BELOW_ONE = ("policy.adam_beta1", "policy.adam_beta2", "draft.adam_beta1", "draft.adam_beta2", "draft.ema")
 
-_TRAINING = ("policy.", "algorithm.", "draft.")
+_TRAINING = ("policy.", "algorithm.", "draft.", "speculation.sentinel")
 _OF_THE_ENGINE = ("rollout.", "external_engine_addrs")
 _DERIVED_OF_TRAINING = DERIVED.keys() - {"external_engine_addrs"}
 
@@ -237,6 +244,15 @@ def _check_ranges(config: RunConfig) -> None:
     for key in _BELOW_ONE:
         if not 0 <= _get(config, key) < 1:
             raise ConfigError(f"{key} = {_get(config, key)}: it must be at least 0 and below 1")
+    if not 0 < config.speculation.sentinel_alpha < 1:
+        raise ConfigError(
+            f"speculation.sentinel_alpha = {config.speculation.sentinel_alpha}: it must be between 0 and 1"
+        )
+    if not 0 <= config.speculation.sentinel_min_effect < 0.5:
+        raise ConfigError(
+            f"speculation.sentinel_min_effect = {config.speculation.sentinel_min_effect}: it must be at least 0 and "
+            "below 0.5, a difference of two chances"
+        )
 
 
 def _check_schedule(config: RunConfig) -> None:
@@ -342,7 +358,23 @@ def _training_warnings(config: RunConfig) -> list[str]:
             f"rollout.{' and '.join(filters)} in training: samples come from the filtered policy, the gradient is the "
             "unfiltered one's"
         )
+    if config.speculation.sentinel and (why := why_unwatched(config)):
+        warnings.append(f"the sentinel watches nothing: {why} (speculation.sentinel = false says so too)")
     return warnings
+
+
+def why_unwatched(config: RunConfig) -> str:
+    """Why the acceptance of a run that speculates with EAGLE-3 cannot be forecast for the sentinel; '' when it can."""
+    rollout = config.rollout
+    if rollout.speculative_algorithm != "EAGLE3":
+        return ""
+    if rollout.temperature > 0 and (rollout.top_p < 1 or rollout.top_k > 0 or rollout.min_p > 0):
+        return "the forecast knows the policy's law before top_p, top_k and min_p only"
+    if rollout.engine == "sglang" and rollout.sglang.get("speculative_adaptive"):
+        return "with speculative_adaptive SGLang does not say how many tokens it proposed"
+    if rollout.engine == "sglang" and (lossy := lossy_settings(rollout)):
+        return f"the engine accepts by another rule ({lossy[0]})"
+    return ""
 
 
 def _why_never_frozen(config: RunConfig) -> str | None:

@@ -22,9 +22,8 @@ from draft_models.training import DraftBatch, DraftLoss, draft_loss, make_batch,
 from draft_models.types import DraftSample
 from rollout_engine.types import Sample
 from trainer.config import ConfigError
-from trainer.draft_forecast import DraftForecast, DraftSettings, all_reduce
+from trainer.draft_forecast import DraftForecast, DraftSettings, Key, all_reduce
 
-Key = tuple[int, int]
 COMPUTE_DTYPES = {"float32": None, "bfloat16": torch.bfloat16}
 
 
@@ -51,7 +50,7 @@ def plan_updates(
     shuffled order and dealt round-robin. A part ends at the first one that would go beyond `max_tokens_per_update`
     (but has always one): going on to those that still fit would fill its end with short ones.
     """
-    order = sorted(samples, key=lambda s: (request_seed(seed, step, *s.request.key), s.request.key))
+    order = _shuffled(samples, seed, step)
     parts: list[list[Key]] = [[] for _ in range(math.ceil(share * config.updates_per_step))]
     for number, part in enumerate(parts):
         dealt = order[number :: config.updates_per_step]
@@ -63,6 +62,30 @@ def plan_updates(
                 break
             part.append(sample.request.key)
     return [frozenset(part) for part in parts if part]
+
+
+def _shuffled(samples: Sequence[Sample], seed: int, step: int) -> list[Sample]:
+    return sorted(samples, key=lambda s: (request_seed(seed, step, *s.request.key), s.request.key))
+
+
+def choose_look(
+    samples: Sequence[Sample], plan: Sequence[frozenset[Key]], most_tokens: int, seed: int, step: int
+) -> frozenset[Key]:
+    """Samples to forecast beside those of the plan's first part, so that both have `most_tokens` or a little less.
+
+    Taken in the plan's shuffled order; a pure function of what every rank knows.
+    """
+    first = plan[0] if plan else frozenset[Key]()
+    left = most_tokens - num_tokens(s for s in samples if s.request.key in first)
+    chosen: list[Key] = []
+    for sample in _shuffled(samples, seed, step):
+        if sample.request.key in first:
+            continue
+        left -= num_tokens([sample])
+        if left < 0:
+            break
+        chosen.append(sample.request.key)
+    return frozenset(chosen)
 
 
 def num_tokens(samples: Iterable[Sample]) -> int:
@@ -85,7 +108,7 @@ class DraftLearner:
         self.draft, self.config, self.settings = draft, config, settings
         self._product_dtype = product_dtype(config.compute_dtype)
         self._group = group
-        self._forecast = DraftForecast(settings, self._product_dtype, group)
+        self.forecast = DraftForecast(settings, self._product_dtype, group)
         self._loss_kind = resolve_loss(config.loss, settings.rule)
         self._device = next(draft.parameters()).device
         self._frozen: Eagle3 | None = None
@@ -112,10 +135,13 @@ class DraftLearner:
         """Keep the draft as it serves now, to be scored beside the trained one from the next update on."""
         self._frozen = copy.deepcopy(self.served).requires_grad_(False)
 
-    def update(self, captured: Sequence[DraftSample], plan: Sequence[frozenset[Key]]) -> dict[str, Any]:
+    def update(
+        self, captured: Sequence[DraftSample], plan: Sequence[frozenset[Key]], also: frozenset[Key] = frozenset()
+    ) -> dict[str, Any]:
         """One optimizer step for each part of `plan`; returns metrics, the same on every rank of the group.
 
-        `captured` is this rank's share. The forecast is made on the first part, with the weights that served it.
+        `captured` is this rank's share. The forecast is made on the first part, and on `also` by a forward of its own,
+        with the weights that served them.
         Raises DraftUpdateError on every rank when loss or gradient is not finite.
         """
         metrics: dict[str, Any] = {"draft_loss_kind": str(self._loss_kind)} if plan else {}
@@ -124,17 +150,17 @@ class DraftLearner:
         rides = self._average is None and self.config.unroll >= self.settings.depth
         for number, part in enumerate(plan):
             batches = self._batches(captured, part)
-            if number == 0 and not rides:
-                metrics |= self._forecasts(batches, None)
             sums, posteriors = self._backward(batches, posteriors=rides and number == 0)
-            if number == 0 and rides:
-                metrics |= self._forecasts(batches, posteriors)
+            if number == 0:
+                metrics |= self._forecasts([*batches, *self._batches(captured, also)], posteriors)
             steps.append(self._step(sums, batches))
         return metrics | _mean_metrics(steps)
 
-    def score(self, captured: Sequence[DraftSample], plan: Sequence[frozenset[Key]]) -> dict[str, Any]:
+    def score(
+        self, captured: Sequence[DraftSample], plan: Sequence[frozenset[Key]], also: frozenset[Key] = frozenset()
+    ) -> dict[str, Any]:
         """The forecast alone, for a draft that is not trained."""
-        return self._forecast.metrics("predicted", self.served, self._batches(captured, plan[0]) if plan else [])
+        return self.forecast.of_served(self.served, self._batches(captured, also.union(*plan[:1])))
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """What a sync sends: the served draft's tensors under their checkpoint names."""
@@ -258,10 +284,10 @@ class DraftLearner:
         largest = self.config.clip_grad or math.inf  # 0 = no clipping, as for the policy
         return float(torch.nn.utils.clip_grad_norm_(self.draft.parameters(), largest))
 
-    def _forecasts(self, batches: Sequence[DraftBatch], posteriors: Sequence[torch.Tensor] | None) -> dict[str, Any]:
-        metrics = self._forecast.metrics("predicted", self.served, batches, posteriors)
+    def _forecasts(self, batches: Sequence[DraftBatch], posteriors: Sequence[torch.Tensor]) -> dict[str, Any]:
+        metrics = self.forecast.of_served(self.served, batches, posteriors)
         if self._frozen is not None:
-            metrics |= self._forecast.metrics("frozen", self._frozen, batches)
+            metrics |= self.forecast.metrics("frozen", self._frozen, batches)
         return metrics
 
 

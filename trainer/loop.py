@@ -43,11 +43,12 @@ def train(run: Run) -> None:
             samples, policy_metrics, captured = update_policy(run, rollout)
             decision, pacing = decide_draft(run, step, rollout, policy_metrics)
             draft_metrics = update_draft(run, step, samples, captured, decision)
+        watched = watch_engine(run, step)
         report = sync_weights(run, step + 1)
         spending = settle_draft(run, decision, report, draft_metrics)
         run.next_step = step + 1
         after = from_rank_zero(lambda step=step: after_step(run, step))
-        run.record(step, rollout, report, policy_metrics, draft_metrics, pacing, spending, after)
+        run.record(step, rollout, report, policy_metrics, draft_metrics, watched, pacing, spending, after)
         if run.should_save(step + 1):
             run.save_checkpoint()
     run.export()
@@ -63,7 +64,7 @@ def roll_out(run: Run, step: int) -> Rollout:
     with run.clock("reward"):
         scored = score(generated, prompts, run.reward)
     plain = None
-    if config.plain_probe_interval and step % config.plain_probe_interval == 0:
+    if config.plain_probe_interval and step % config.plain_probe_interval == 0 and not run.watch.stopped:
         with run.clock("probe"):
             twin = run.engine.without_speculation()
             plain = generate(twin, requests, config.rollout.max_running_requests)
@@ -117,7 +118,10 @@ def update_draft(
     with run.clock("draft"):
         if samples:
             plan = plan_updates(samples, run.config.draft, run.config.seed, step, decision.share or 1.0)
-            draft_metrics = _learn_or_raise_together(run, plan, captured, trains=decision.share > 0)
+            also = run.watch.choose(samples, plan, step)
+            if run.learner is not None and run.watch.is_watching:
+                run.learner.forecast.watch(samples)
+            draft_metrics = _learn_or_raise_together(run, plan, captured, also, trains=decision.share > 0)
             draft_metrics["draft_token_share"] = planned_share(samples, plan) if decision.share else 0.0
         if run.learner is not None and step + 1 == run.config.frozen_draft_step:
             run.learner.freeze_copy()
@@ -125,19 +129,36 @@ def update_draft(
 
 
 def _learn_or_raise_together(
-    run: Run, plan: Sequence[frozenset[Key]], captured: list[Any], *, trains: bool
+    run: Run, plan: Sequence[frozenset[Key]], captured: list[Any], also: frozenset[Key], *, trains: bool
 ) -> dict[str, Any]:
+    """`also`: samples to forecast beside those of the first update."""
     found: dict[str, Any] = {}
     refused: DraftUpdateError | None = None
     if run.learner is not None:
         try:
-            found = run.learner.update(captured, plan) if trains else run.learner.score(captured, plan)
+            learner = run.learner
+            found = learner.update(captured, plan, also) if trains else learner.score(captured, plan, also)
         except DraftUpdateError as error:
             refused = error
     message = first_message(None if refused is None else str(refused))
     if message is not None:  # ranks without a learner would wait for metrics that never come
         raise DraftUpdateError(message) from refused
     return from_last_rank(lambda: found)
+
+
+def watch_engine(run: Run, step: int) -> dict[str, Any]:
+    """Whether the engine that served this rollout drafted and accepted as it should. After an alarm it is replaced by
+    one that decodes plainly, which the next sync fills."""
+    if not run.watch.is_watching:
+        return {"speculation_stopped": 1} if run.watch.stopped else {}
+    look = from_last_rank(lambda: run.learner.forecast.take_look())
+    found, alarm = run.watch.take(look, step)
+    if alarm:
+        run.tell(alarm)
+    if run.watch.stopped:
+        with run.clock("restart"):
+            from_rank_zero(lambda: run.decode_plainly())
+    return found
 
 
 @contextmanager
@@ -160,7 +181,7 @@ def sync_weights(run: Run, version: int) -> SyncReport:
     with run.clock("sync"):
         policy = run.policy.export_weights()
         draft = None
-        if run.capture is not None:
+        if run.capture is not None and not run.watch.stopped:
             mine = run.learner.tensors() if run.learner is not None else {}
             draft = tensors_to_rank_zero(mine, run.policy.layout.device)
         return from_rank_zero(lambda: publish(policy, draft, run.engine.transport, version))

@@ -21,6 +21,10 @@ _FREE = frozenset(
         "plain_probe_interval",
         "data.num_eval_prompts",
         "data.eval_prompt_data",
+        "speculation.sentinel",  # off: an engine that it stopped speculates again
+        "speculation.sentinel_alpha",
+        "speculation.sentinel_min_effect",
+        "speculation.sentinel_tokens",
         # where an SGLang server runs and how weights get there; so its flags (`rollout.sglang`) are free too
         "rollout.offload",
         "rollout.sglang_address",

@@ -47,6 +47,7 @@ from trainer.rollouts import Rollout
 from trainer.run_dir import RunDir, check_run_dir, clear_unless_resumed, cut_metrics, make_run_dir
 from trainer.run_lock import RunLock
 from trainer.schedule_record import Schedule, read_schedule
+from trainer.sentinel_watch import SentinelWatch, plain_rollout
 from trainer.serving import build_engine, check_engine, context_length, eos_token_ids, load_tokenizer, read_draft
 
 
@@ -66,7 +67,7 @@ class Inputs:
 
 @dataclass
 class Run:
-    """One run on this rank. On rank 0 alone: `engine`, `lock`, `pacer`, `progress`, `writer`; on draft ranks: `learner`."""
+    """One run on this rank. On rank 0: `engine`, `lock`, `pacer`, `progress`, `writer`; on draft ranks: `learner`."""
 
     config: RunConfig
     directory: RunDir
@@ -77,6 +78,7 @@ class Run:
     capture: CaptureSpec | None  # None without an EAGLE-3 draft
     progress: Progress | None
     lock: RunLock | None
+    watch: SentinelWatch
     pacer: DraftPacer | None = None  # with an EAGLE-3 draft
     writer: MetricsWriter | None = None
     position: DataPosition = field(default_factory=DataPosition)
@@ -124,7 +126,7 @@ class Run:
         interval = self.config.save_interval
         return done == self.config.num_rollout or bool(interval and done % interval == 0)
 
-    def parts(self) -> list[Part]:
+    def parts(self, *, takes_controller: bool = True) -> list[Part]:
         """Owners of state, in the order in which a checkpoint holds them."""
         parts = [Part("policy", self.policy.save, self.policy.load), rng_part()]
         if self.capture is not None:
@@ -145,7 +147,7 @@ class Run:
                 lambda: engine.state() if engine else {},
                 lambda state: engine.load_state(state) if engine else None,
                 writes=engine is not None,
-                reads=engine is not None,
+                reads=engine is not None and takes_controller,
             )
         )
         return parts
@@ -158,6 +160,7 @@ class Run:
             }
             if self.pacer is not None:
                 counters["draft_pacer"] = self.pacer.state()
+            counters["sentinel"] = self.watch.state()
             save_checkpoint(self.directory.checkpoints, self.next_step, self.parts(), counters)
 
     def restore(self) -> None:
@@ -165,11 +168,26 @@ class Run:
         folder = latest_checkpoint(self.directory.checkpoints)
         counters: dict[str, Any] = {}
         if folder is not None:
-            self.next_step, counters = load_checkpoint(folder, self.parts())
+            was_stopped = read_counters(folder).get("sentinel", {}).get("stopped", False)
+            # An engine that is to speculate again after its mending has nothing to learn from one that did not.
+            parts = self.parts(takes_controller=was_stopped == self.watch.stopped)
+            self.next_step, counters = load_checkpoint(folder, parts)
             self.position = DataPosition(**counters["position"])
         from_rank_zero(lambda: cut_metrics(self.directory.metrics_file, self.next_step - 1))
         if self.capture is not None:
             from_rank_zero(lambda: self.pacer.resume(counters.get("draft_pacer"), self.next_step))
+
+    def tell(self, text: str) -> None:
+        """A line that must not be missed (rank 0)."""
+        if self.progress is not None:
+            self.progress.note(f"slipstream: {text}")
+
+    def decode_plainly(self) -> None:
+        """Replace the engine by one of the same policy without a draft, which serves nothing before a sync (rank 0)."""
+        self.engine, old = None, self.engine
+        old.close()
+        del old  # its memory, before the next one takes its own
+        self.engine = _plain_engine(self.config, self.inputs, self.directory)
 
     def close(self) -> None:
         """Stop the engine, and the server behind it when there is one; then the folder is free for others."""
@@ -304,16 +322,18 @@ def build_run(config: RunConfig) -> Run:
     engine_draft = copy.deepcopy(draft)
     learner = _make_learner(config, draft.to(device), policy.draft_group) if draft and policy.is_draft_rank else None
     directory, lock = _take_folder(config)
+    watch = _make_watch(config, directory)
     return Run(
         config=config,
         directory=directory,
         inputs=inputs,
         policy=policy,
-        engine=_start_engine(config, inputs, engine_draft, directory, lock),
+        engine=_start_engine(config, inputs, engine_draft, directory, lock, plain=watch.stopped),
         learner=learner,
         capture=None if draft is None else CaptureSpec(draft.config.aux_layer_ids, config.draft.capture_max_bytes),
         progress=None,
         lock=lock,
+        watch=watch,
         pacer=DraftPacer(config, inputs.draft_schedule, directory.draft_schedule) if draft and rank() == 0 else None,
     )
 
@@ -331,13 +351,25 @@ def _take_folder(config: RunConfig) -> tuple[RunDir, RunLock | None]:
     return directory, locks[0] if locks else None
 
 
+def _make_watch(config: RunConfig, directory: RunDir) -> SentinelWatch:
+    """As the checkpoint to resume left it."""
+    watch = SentinelWatch(config)
+    newest = latest_checkpoint(directory.checkpoints) if config.resume else None
+    if newest is not None:
+        watch.resume(read_counters(newest).get("sentinel"))
+    return watch
+
+
 def _start_engine(
-    config: RunConfig, inputs: Inputs, draft: Eagle3 | None, directory: RunDir, lock: RunLock | None
+    config: RunConfig, inputs: Inputs, draft: Eagle3 | None, directory: RunDir, lock: RunLock | None, *, plain: bool
 ) -> RolloutEngine | None:
     """The engine on rank 0, None on the others, which fail with it. It is built last: what is built must be closed."""
     engines: list[RolloutEngine] = []
 
     def start() -> None:
+        if plain:
+            engines.append(_plain_engine(config, inputs, directory))
+            return
         engine = build_engine(
             inputs.folder,
             config.rollout,
@@ -358,9 +390,20 @@ def _start_engine(
     return engines[0] if engines else None
 
 
+def _plain_engine(config: RunConfig, inputs: Inputs, directory: RunDir) -> RolloutEngine:
+    """What takes the engine's place after an alarm of the sentinel. The log of a server before it stays."""
+    return build_engine(
+        inputs.folder, plain_rollout(config.rollout), None, inputs.tokenizer, directory.engine / "without_speculation"
+    )
+
+
 def _make_learner(config: RunConfig, draft: Eagle3, group: dist.ProcessGroup) -> DraftLearner:
     rollout = config.rollout
-    settings = DraftSettings(VerifyRule(rollout.verify_rule), depth=rollout.speculative_num_steps)
+    settings = DraftSettings(
+        VerifyRule(rollout.verify_rule),
+        depth=rollout.speculative_num_steps,
+        min_effect=config.speculation.sentinel_min_effect,
+    )
     return DraftLearner(draft, config.draft, settings, group)
 
 
