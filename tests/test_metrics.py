@@ -96,6 +96,18 @@ def test_expected_accept_length_takes_the_depths_that_were_drafted():
     assert "expected_accept_length" not in m.step_line(0, forecast)
 
 
+def test_history_and_model_are_told_apart_and_nothing_is_expected_of_their_mixture():
+    history = SpecStats(4, 4, (1, 0, 3), (4, 4), (3, 3))
+    spec = SpecStats(12, 10, (5, 2, 3), (10, 10), (5, 3), history)
+    line = m.step_line(0, m.speculation_metrics(spec), {"predicted_accept_rate_by_position": [0.8, 0.6]})
+    assert (line["verify_steps"], line["accept_length"]) == (10, 1.8)
+    assert (line["history_verify_steps"], line["history_accept_length"]) == (4, 2.5)
+    assert line["draft_accept_length"] == pytest.approx(1 + 2 / 6)
+    assert "expected_accept_length" not in line
+    alone = m.speculation_metrics(SpecStats(4, 4, (1, 0, 3), (4, 4), (3, 3), history))
+    assert alone["history_accept_length"] == 2.5 and "draft_accept_length" not in alone
+
+
 def test_clock_gives_the_inner_phase_its_own_time():
     clock = m.PhaseClock()
     start = time.perf_counter()

@@ -75,7 +75,19 @@ def speculation_metrics(spec: SpecStats) -> dict[str, Any]:
         "verify_steps": spec.num_verify_steps,
     }
     decoded = {"decode_steps": spec.num_decode_steps, "tokens_per_forward": spec.tokens_per_forward}
-    return decoded | (verified if spec.num_verify_steps else {})
+    return decoded | (verified if spec.num_verify_steps else {}) | history_metrics(spec)
+
+
+def history_metrics(spec: SpecStats) -> dict[str, Any]:
+    """What either drafter did where history drafted beside the model; {} where it did not.
+
+    Each is sent where it is the better one, so that neither figure is what that drafter would show alone.
+    """
+    history, model = spec.history, spec.by_draft_model
+    if history is None:
+        return {}
+    found = {"history_verify_steps": history.num_verify_steps, "history_accept_length": history.accept_length}
+    return found | ({"draft_accept_length": model.accept_length} if model.num_verify_steps else {})
 
 
 def length_metrics(lengths: Sequence[int]) -> dict[str, Any]:
@@ -163,8 +175,11 @@ def step_line(step: int, *parts: Mapping[str, Any]) -> dict[str, Any]:
 def expected_accept_length(line: Mapping[str, Any]) -> dict[str, float]:
     """What `accept_length` should have been: the learner's acceptance by position at the depths that were drafted.
 
-    `predicted_accept_length` takes the full depth at every step, which an adaptive controller does not draft.
+    `predicted_accept_length` takes the full depth at every step, which an adaptive controller does not draft. Where
+    history drafts too there is none: the model drafts at places that were chosen, and the forecast is of all.
     """
+    if "history_verify_steps" in line:
+        return {}
     proposed = line.get("proposed_by_position", [])
     rates = line.get("predicted_accept_rate_by_position", [])
     if not proposed or len(rates) < len(proposed):
