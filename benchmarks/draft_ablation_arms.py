@@ -36,12 +36,12 @@ class Plan:
     max_state_bytes: int = 16 << 30
     temperatures: tuple[float, ...] = (0.3, 0.6, 0.8, 1.0, 1.2)  # of the held-out texts
     train_temperatures: tuple[float, ...] = (1.0, 0.6)  # the first is that of most arms
-    updates: int = 96
-    batch_tokens: int = 8192
+    updates: int = 128
+    batch_tokens: int = 4096
     window: int = 512
     reduced_vocab: int = 1024  # tokens of a draft that proposes from a part of the vocabulary
     lr: float = 1e-3
-    curve_at: tuple[int, ...] = (4, 8, 16, 24, 32, 48, 64, 80)  # updates after which a part of the text is scored
+    curve_at: tuple[int, ...] = (8, 16, 24, 32, 48, 64, 96)  # updates after which a part of the text is scored
     curve_tokens: int = 8192
     depths: tuple[int, ...] = (3, 5, 7)
 
@@ -105,8 +105,8 @@ class Arm:
     first_tokens: int = 0  # or only so many of each are trained on; 0 = all
     temperature: float = 1.0  # of the recorded text that it learns from
     lr: float = 1e-3
-    batch_tokens: int = 8192
-    updates: int = 96
+    batch_tokens: int = 4096
+    updates: int = 128
     ema: float = 0.0
     draft_vocab: int = 0  # 0 = the whole vocabulary
 
