@@ -129,12 +129,11 @@ def rows_of(scores: DraftScores, shared: Mapping[str, Any]) -> Rows:
 
 
 def slopes(rows: Rows) -> Rows:
-    """Slope of accept length against the target's entropy over the sampled texts, for each draft, rule and depth."""
+    """Slope of accept length against the target's entropy, for each draft, rule and depth with several temperatures."""
     found = []
     groups: dict[tuple[str, str, int], Rows] = {}
     for row in rows:
-        if row["temperature"] > 0:
-            groups.setdefault((row["draft"], row["rule"], row["k"]), []).append(row)
+        groups.setdefault((row["draft"], row["rule"], row["k"]), []).append(row)
     for (draft, rule, k), members in groups.items():
         entropies = [row["target_entropy"] for row in members]
         if len(set(entropies)) < 2:

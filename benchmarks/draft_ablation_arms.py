@@ -48,7 +48,7 @@ class Plan:
 
 # What a CPU does in some minutes: the same task, small, with short ledgers; it says so wherever it is shown.
 CPU = Plan(
-    label="two CPU cores, tiny",
+    label="a CPU, tiny",
     size="3m",
     vocab_size=512,
     warm_start_s=0.0,
@@ -61,11 +61,12 @@ CPU = Plan(
     max_response_len=256,
     record_s=600.0,
     max_state_bytes=1 << 30,
-    updates=64,
-    batch_tokens=1024,
+    updates=192,
+    batch_tokens=512,
     window=64,
     reduced_vocab=128,
-    curve_at=(4, 8, 16, 24, 32, 48),
+    lr=3e-3,
+    curve_at=(8, 16, 32, 64, 96, 128, 160),
     curve_tokens=1024,
 )
 # Seconds, to see that everything runs.
