@@ -21,7 +21,7 @@ SETTINGS = (  # a few optimizer steps that clearly help
     "--draft.lr=3e-3",
     "--deterministic",
 )
-OWN = {"epochs": 2, "eval_interval": 2, "warmup_steps": 1, "held_out": 0.25}
+OWN = {"epochs": 2, "eval_interval": 2, "save_interval": 2, "warmup_steps": 1, "held_out": 0.25}
 
 
 def make_tiny_model(folder: Path) -> Path:

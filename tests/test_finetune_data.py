@@ -162,14 +162,19 @@ def test_a_chat_needs_a_template(tmp_path: Path) -> None:
 
 
 def test_siblings_are_held_out_together() -> None:
-    prompts = [(i // 3,) for i in range(60)]
-    train, held_out = split_held_out(prompts, 0.25, seed=1)
+    prompts, lengths = [(i // 3,) for i in range(60)], [10] * 60
+
+    def split(share: float, max_tokens: int = 1000, seed: int = 1) -> tuple[list[int], list[int]]:
+        return split_held_out(prompts, lengths, share, max_tokens, seed)
+
+    train, held_out = split(0.25)
     assert sorted(train + held_out) == list(range(60)) and len(held_out) == 15
     assert not {prompts[i] for i in train} & {prompts[i] for i in held_out}
-    assert (train, held_out) == split_held_out(prompts, 0.25, seed=1) != split_held_out(prompts, 0.25, seed=2)
-    assert len(split_held_out([(1,), (2,)], 0.01, 0)[1]) == len(split_held_out([(1,), (2,)], 0.99, 0)[0]) == 1
+    assert (train, held_out) == split(0.25) != split(0.25, seed=2)
+    assert len(split(0.001)[1]) == len(split(0.999)[0]) == 3
+    assert [len(split(0.25, max_tokens)[1]) for max_tokens in (1, 89, 90, 149, 150)] == [3, 6, 9, 12, 15]
     with pytest.raises(ConfigError, match="one prompt only"):
-        split_held_out([(1,), (1,)], 0.5, 0)
+        split_held_out([(1,), (1,)], [5, 5], 0.5, 100, 0)
 
 
 def test_an_epoch_takes_every_text_once_within_the_budget() -> None:

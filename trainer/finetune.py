@@ -124,7 +124,8 @@ def _answers(
 
 def _split(config: FinetuneConfig, samples: list[Sample]) -> tuple[list[Sample], list[Sample]]:
     prompts = [sample.request.prompt_ids for sample in samples]
-    train, held_out = split_held_out(prompts, config.held_out, config.run.seed)
+    lengths = [len(sample.request.prompt_ids) + len(sample.token_ids) for sample in samples]
+    train, held_out = split_held_out(prompts, lengths, config.held_out, config.held_out_tokens, config.run.seed)
     return [samples[i] for i in train], [samples[i] for i in held_out]
 
 

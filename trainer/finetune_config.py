@@ -22,6 +22,7 @@ _ONLINE = (
 )
 _DRAFTS_TWICE = "rollout.speculative_draft_model_path"
 _OF_A_SYNC = ("rollout.offload", "rollout.sync_")
+_LEAST = {"held_out_tokens": 1, "epochs": 1, "eval_interval": 1, "save_interval": 1, "patience": 0, "warmup_steps": 0}
 _MEANT = {  # flags of the policy's optimizer, and the draft's that was probably meant
     "policy.lr": "--draft.lr",
     "policy.weight_decay": "--draft.weight-decay",
@@ -52,9 +53,11 @@ class FinetuneConfig:
     import_: str = _setting("", "the same for a draft of any spelling; without --data it is only converted", "DIR")
     export: str = _setting("sglang", f"spelling of the result: {', '.join(SPELLINGS)}", "SPELLING", SPELLINGS)
     response_key: str = _setting("response", "key of a row's response, a text or token ids", "KEY")
-    held_out: float = _setting(0.1, "share of the prompts that is never trained on, and judges", "SHARE")
+    held_out: float = _setting(0.1, "share of the prompts that is never trained on, and judges the draft", "SHARE")
+    held_out_tokens: int = _setting(32768, "of them at most, so that judging stays cheap; the rest is trained on", "N")
     epochs: int = _setting(4, "passes over the data at most", "N")
-    eval_interval: int = _setting(25, "optimizer steps between judgements; each is a checkpoint", "N")
+    eval_interval: int = _setting(50, "optimizer steps between judgements", "N")
+    save_interval: int = _setting(200, "optimizer steps between checkpoints, which --resume continues from", "N")
     patience: int = _setting(5, "judgements without a better accept length until it stops; 0 = never", "N")
     warmup_steps: int = _setting(10, "optimizer steps of linear warm-up", "N")
     lr_decay: str = _setting("cosine", f"of draft.lr over all epochs: {', '.join(DECAYS)}", "STYLE", DECAYS)
@@ -130,7 +133,7 @@ def _check(config: FinetuneConfig) -> None:
             )
     if not 0 < config.held_out < 1:
         raise ConfigError(f"--held-out {config.held_out}: it must be above 0 and below 1")
-    for name, least in (("epochs", 1), ("eval_interval", 1), ("patience", 0), ("warmup_steps", 0)):
+    for name, least in _LEAST.items():
         if getattr(config, name) < least:
             raise ConfigError(f"{flag_of(name)} {getattr(config, name)}: it must be at least {least}")
     check_rollout(config.run.rollout, config.run.deterministic)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import accumulate, chain
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -193,10 +193,13 @@ def _is_ids(value: Any) -> bool:
 # ---------------------------------------------------------------- what is held out, and what each step takes
 
 
-def split_held_out(prompts: Sequence[tuple[int, ...]], share: float, seed: int) -> tuple[list[int], list[int]]:
+def split_held_out(
+    prompts: Sequence[tuple[int, ...]], lengths: Sequence[int], share: float, max_tokens: int, seed: int
+) -> tuple[list[int], list[int]]:
     """Indices (to train on, held out), ascending; siblings of one prompt stay together. A pure function.
 
-    At least one prompt goes to either side. ConfigError when there is only one.
+    Held out is `share` of the prompts, or fewer where these have more than `max_tokens` tokens (`lengths`); at least
+    one prompt goes to either side. ConfigError when there is only one.
     """
     by_prompt: dict[tuple[int, ...], list[int]] = {}
     for index, prompt in enumerate(prompts):
@@ -208,6 +211,8 @@ def split_held_out(prompts: Sequence[tuple[int, ...]], share: float, seed: int) 
     groups = list(by_prompt.values())
     Random(f"{seed}/held-out").shuffle(groups)
     count = min(max(1, round(share * len(groups))), len(groups) - 1)
+    tokens = list(accumulate(sum(lengths[i] for i in group) for group in groups[:count]))
+    count = max(1, sum(total <= max_tokens for total in tokens))
     return sorted(chain(*groups[count:])), sorted(chain(*groups[:count]))
 
 

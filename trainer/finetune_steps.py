@@ -88,12 +88,14 @@ class Tuning:
         """
         while not self.is_over:
             line = self._step()
-            is_judged = self.next_step % self.config.eval_interval == 0 or self.next_step == self.total_steps
-            if is_judged:
+            if self._is_due(self.config.eval_interval):
                 line |= self._note(self._judge())
             record(line)
-            if is_judged:
+            if self._is_due(self.config.save_interval):
                 save_checkpoint(checkpoints, self.next_step, self._parts(), {})
+
+    def _is_due(self, interval: int) -> bool:
+        return self.next_step % interval == 0 or self.next_step == self.total_steps
 
     def best_draft(self) -> Eagle3:
         """The best draft of all judged, the one that it started from included."""
