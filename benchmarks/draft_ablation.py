@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -141,6 +142,13 @@ def parse(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, Plan]:
     return args, replace(PLANS[args.plan], **given)
 
 
+def _origin(args: argparse.Namespace) -> dict[str, Any]:
+    """Where the figures come from; the folders of this machine go by their options' names."""
+    origin = provenance(MODULE)
+    places = {str(args.work): "WORK", str(args.out): "OUT"}
+    return origin | {"command": " ".join(places.get(word, word) for word in shlex.split(origin["command"]))}
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     began_s = time.monotonic()
     args, plan = parse(argv)
@@ -156,7 +164,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     ready_s = time.monotonic() - began_s
     print(f"target and texts after {ready_s:.0f} s: {json.dumps(texts.about['target'])}")
     asked = {"arms": [arm.name for arm in arms], "seeds": list(args.seeds)}
-    about = {"plan": told, "origin": provenance(MODULE), "ready_s": ready_s, "asked": asked}
+    about = {"plan": told, "origin": _origin(args), "ready_s": ready_s, "asked": asked}
     results = Results.open(args.out, texts.about | about)
     ablate(plan, texts, results, jobs_of(arms, args.seeds), began_s + args.budget_s, args.device)
 
