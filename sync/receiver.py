@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from sync.buckets import pack
 from sync.checksum import checksums
 from sync.plan import DEFAULT_BUCKET_BYTES, SyncError, SyncPlan, make_plan
 
@@ -77,8 +78,7 @@ class WeightReceiver:
             raise SyncError(f"sync of version {bundle.version} refused: {join_faults(faults)}; {self.serving()}")
         self._dirty = True  # before the first byte, so that no kind of interruption leaves a mixture looking clean
         with torch.inference_mode():  # destinations may be parameters, or themselves inference tensors
-            for name, destination in self.destinations.items():
-                self._copy(name, destination, bundle)
+            self._copy_all(bundle)
         self._verify_written(bundle)
         self._version, self._dirty = bundle.version, False
         return self._version
@@ -96,6 +96,14 @@ class WeightReceiver:
         for name, expected in self._fixed_checksums.items():
             if name in bundle.tensors and bundle.checksums.get(name) != expected:
                 yield f"{name} is not the engine's, which cannot change while it runs (restart it with the new one)"
+
+    def _copy_all(self, bundle: Bundle) -> None:
+        """In few launches; only when that fails one by one, to name the tensor."""
+        try:
+            pack(self.destinations, bundle.tensors)
+        except RuntimeError:
+            for name, destination in self.destinations.items():
+                self._copy(name, destination, bundle)
 
     def _copy(self, name: str, destination: torch.Tensor, bundle: Bundle) -> None:
         try:

@@ -43,11 +43,11 @@ def flip_byte(tensor: torch.Tensor, byte: int) -> torch.Tensor:
 
 
 class FailingTensor(torch.Tensor):
-    """A destination whose copy_ raises, as a device that runs out of memory would."""
+    """A destination that cannot be copied to, alone or with others, as on a device that runs out of memory."""
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
-        if func is torch.Tensor.copy_:
+        if func in (torch.Tensor.copy_, torch._foreach_copy_):
             raise RuntimeError("device lost")
         return super().__torch_function__(func, types, args, kwargs or {})
 
