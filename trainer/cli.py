@@ -15,7 +15,17 @@ from trainer.config import ConfigError, RunConfig
 from trainer.suggest import nearest
 
 _BENCHMARKS = (
-    *("rollout", "sync", "draft", "draft_ablation", "draft_schedule", "step", "policy_update", "draft_update"),
+    *(
+        "rollout",
+        "sync",
+        "draft",
+        "draft_ablation",
+        "draft_schedule",
+        "history",
+        "step",
+        "policy_update",
+        "draft_update",
+    ),
     *("rl_on_gpu", "sglang_kernels", "gpu_session"),
 )
 _MODEL_SIZES = "3m, 10m, 30m, 100m, 100m-deep or 300m"  # make_model.PRESETS, which loads torch
