@@ -291,7 +291,11 @@ def test_a_copy_that_fails_half_way_is_dirty_until_a_whole_sync(
             raise failing
         copy(self, name, *rest)
 
+    def fail_together(*_: object) -> None:
+        raise RuntimeError("then one by one, to find which")
+
     with monkeypatch.context() as patched:
+        patched.setattr(receiver, "pack", fail_together)
         patched.setattr(receiver.WeightReceiver, "_copy", fail_at_the_fifth)
         error = _refused(engine)
     assert str(failing) in error and "dirty" in error and "last whole version 3" in error
