@@ -239,6 +239,11 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
             parser.error(f"unknown rule {rule!r}; use some of {', '.join(known)}")
     if min(args.temperatures) < 0 or min(args.k) < 1:
         parser.error("--temperatures must not be negative, and --k at least 1")
+    rules = [VerifyRule(rule) for rule in args.rules]
+    if not any(asked(temperature, rules, args.k) for temperature in args.temperatures):
+        parser.error(
+            "the greedy rule is for temperature 0 alone, the others for temperatures above it: nothing is left"
+        )
     return args
 
 
@@ -251,13 +256,17 @@ def measure(
     for text in texts:
         if all(len(sample.token_ids) < 2 for sample in text.samples):
             raise ConfigError("the responses are all shorter than two tokens: there is nothing to draft")
-        for number, (name, draft) in enumerate(drafts.items()):
-            captured = capture(policy, text.samples, draft.config.aux_layer_ids)
-            if number == 0:
-                about_rows.append(text.about(captured, max(args.k)))
-            wanted = asked(text.temperature, rules, args.k)
-            if wanted:
-                rows += rows_of(score(draft, captured, wanted), {"draft": name, **about_rows[-1]})
+        captured = {
+            layers: capture(policy, text.samples, layers)
+            for layers in dict.fromkeys(draft.config.aux_layer_ids for draft in drafts.values())
+        }
+        about_rows.append(text.about(next(iter(captured.values())), max(args.k)))
+        wanted = asked(text.temperature, rules, args.k)
+        if not wanted:
+            continue
+        for name, draft in drafts.items():
+            found = score(draft, captured[draft.config.aux_layer_ids], wanted)
+            rows += rows_of(found, {"draft": name, **about_rows[-1]})
     return about_rows, rows
 
 

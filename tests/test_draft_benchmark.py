@@ -161,9 +161,13 @@ def test_every_rule_temperature_and_depth_is_scored(target: Path, tmp_path: Path
 
 
 def test_wrong_rules_and_temperatures_are_one_line(capsys: pytest.CaptureFixture[str]):
-    for wrong, said in (("--rules lenient", "unknown rule 'lenient'"), ("--temperatures -1", "must not be negative")):
+    for wrong, said in (
+        ("--rules=lenient", "unknown rule 'lenient'"),
+        ("--temperatures=-1", "must not be negative"),
+        ("--rules=greedy --temperatures=1", "nothing is left"),
+    ):
         with pytest.raises(SystemExit):
-            draft.parse(["--target", "x", *wrong.replace(" -1", "=-1").split()])
+            draft.parse(["--target", "x", *wrong.split()])
         assert said in capsys.readouterr().err
 
 
