@@ -34,7 +34,10 @@ _HALF = frozenset({"red", "sun", "tree", "moon", "fish", "bird", "stone", "cloud
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Sizes of the whole; for a CPU of two cores about an hour."""
+    """Sizes of the whole; for a CPU of two cores about an hour.
+
+    The draft's budget in the arms is small beside a rollout, as it is on a GPU: what pays depends on that.
+    """
 
     warm_start_steps: int = 450  # of the policy, as in the demo
     draft_steps: int = 30  # rollouts of the start policy that the given draft learns from
@@ -42,15 +45,17 @@ class Plan:
     shock_step: int = 12  # the first 12 are the plateau
     after_shock: int = 10
     curve_steps: int = 20
-    prompts: int = 48
-    samples: int = 4
+    prompts: int = 64
+    samples: int = 8
     rows: int = 2048  # prompts of either half of the task
     max_response_len: int = 80
     num_steps: int = 3  # k
     lr: float = 5e-4
     draft_lr: float = 2e-3
     draft_updates: int = 4
-    draft_tokens: int = 1600  # of one update: with the others nearly all of a rollout's
+    draft_tokens: int = 400  # of one update
+    all_updates: int = 8  # of the given draft and of the curve, which are to see all of a rollout
+    all_tokens: int = 1600
 
 
 REHEARSAL = Plan(
@@ -61,9 +66,12 @@ REHEARSAL = Plan(
     after_shock=3,
     curve_steps=2,
     prompts=6,
+    samples=4,
     rows=64,
     max_response_len=32,
-    draft_tokens=200,
+    draft_tokens=100,
+    all_updates=4,
+    all_tokens=200,
 )
 
 
@@ -167,6 +175,7 @@ def _row(problem: Problem) -> str:
 def run_config(plan: Plan, place: Place, arm: Arm, seed: int) -> RunConfig:
     """A fixed depth and no plain probe: what a verification costs on this machine decides nothing."""
     steps = num_steps(plan, arm)
+    sees_all = arm.kind in ("warm", "curve")
     return RunConfig(
         name=f"{arm.name}-{seed}",
         run_dir=str(place.runs),
@@ -181,8 +190,8 @@ def run_config(plan: Plan, place: Place, arm: Arm, seed: int) -> RunConfig:
             schedule=str(_write_schedule(place, arm, steps)) if arm.share else "",
             unroll=plan.num_steps,
             lr=plan.draft_lr,
-            updates_per_step=plan.draft_updates,
-            max_tokens_per_update=plan.draft_tokens,
+            updates_per_step=plan.all_updates if sees_all else plan.draft_updates,
+            max_tokens_per_update=plan.all_tokens if sees_all else plan.draft_tokens,
         ),
         rollout=RolloutConfig(
             max_running_requests=32,

@@ -7,17 +7,21 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from rollout_engine.speculation import CostTable
 from rollout_engine.types import FinishReason, RolloutRequest, Sample, SpecStats
+from sync.publish import SyncReport
 from tests import loop_helpers as helpers
 from trainer import draft_ledger as ledger
 from trainer import draft_schedule
 from trainer.config import ConfigError, RunConfig
 from trainer.config_check import validate
 from trainer.draft_ledger import Ledger
+from trainer.draft_pacing import DraftPacer
 from trainer.draft_schedule import Decision, Reason
 from trainer.metrics import read_metrics
 from trainer.rollouts import Generated, Rollout
@@ -87,6 +91,71 @@ def test_a_record_is_read_back_cut_and_refused_in_one_line(tmp_path: Path) -> No
     with pytest.raises(ConfigError, match=r"share = 1.5"):
         read_schedule(path, 1)
     assert cut_schedule(tmp_path / "none", 0) == {}
+
+
+SPEC = SpecStats(200, 100, (40, 20, 40), (100, 100), (60, 40))  # half of the forwards verify; 2 tokens each
+TABLE = {"table": asdict(CostTable((1,), ((1.0, 1.2, 1.6),))), "factors": [1.0, 1.0, 1.0]}
+
+
+def pacer(folder: Path, **changes: Any) -> DraftPacer:
+    settings = {"draft__train_when": "pays", "rollout__speculative_num_steps": 2, "num_rollout": 50, **changes}
+    return DraftPacer(helpers.tiny_config(folder, folder, "x", **settings), {}, folder / "record.jsonl")
+
+
+def engine(*, has_draft: bool = True, state: dict[str, Any] | None = None) -> Any:
+    plan = SimpleNamespace(has_draft=has_draft)
+    return SimpleNamespace(state=lambda: state or {}, transport=SimpleNamespace(plan=plan))
+
+
+def settle(pacer: DraftPacer, decision: Decision, seconds: float, forecast: float | None) -> dict[str, Any]:
+    tensors = [SimpleNamespace(model="policy", num_bytes=300), SimpleNamespace(model="draft", num_bytes=100)]
+    plan = SimpleNamespace(tensors=tensors, num_bytes=400)
+    return pacer.settle(decision, seconds, SyncReport(1, 2, 400, 8.0), plan, forecast)
+
+
+def test_what_is_saved_is_a_bound_until_the_engine_has_a_table(tmp_path: Path) -> None:
+    rollout = Rollout(generated(10.0, 300, SPEC), None)
+    _, found = pacer(tmp_path).decide(0, rollout, 1.0, engine())
+    assert (found["draft_saved_time_s"], found["draft_saved_time_basis"]) == (pytest.approx(5.0), "bound")
+    _, found = pacer(tmp_path).decide(0, rollout, 1.0, engine(state=TABLE))
+    assert found["draft_saved_time_basis"] == "table"
+    assert found["draft_saved_time_s"] == pytest.approx(10.0 * 1.5 / 1.3 - 10.0)
+
+
+def test_the_account_has_the_drafts_share_of_the_sync(tmp_path: Path) -> None:
+    book = pacer(tmp_path)
+    book.decide(0, Rollout(generated(10.0, 300, SPEC), None), 1.0, engine())
+    assert settle(book, TRAINED, 1.5, None) == {
+        "draft_spent_time_s": pytest.approx(1.5 + 8.0 / 4),
+        "draft_balance_time_s": pytest.approx(5.0 - 3.5),
+    }
+
+
+def test_an_engine_that_serves_no_draft_any_more_trains_none(tmp_path: Path) -> None:
+    rollout = Rollout(generated(10.0, 300, SpecStats(300)), None)
+    decision, _ = pacer(tmp_path).decide(0, rollout, 1.0, engine(has_draft=False))
+    assert decision == Decision(0.0, Reason.STOPPED)
+
+
+@pytest.mark.parametrize(("history", "spec"), [(False, SpecStats(300)), (True, SPEC)])
+def test_where_the_engine_says_nothing_of_the_draft_its_forecast_does(tmp_path: Path, history, spec) -> None:
+    watched = pacer(tmp_path, speculation__history=history)
+    rollout = Rollout(generated(10.0, 300, spec), None)
+    for step in range(3):
+        decision, _ = watched.decide(step, rollout, 1.0, engine())
+        settle(watched, decision, 1.0, 1.5 + step / 8)
+    assert [point[1] for point in watched.state()["schedule"]["climb"]] == [1.5, 1.625]
+
+
+def test_a_draft_that_costs_more_than_it_brings_is_called_losing_once_it_no_longer_rises(tmp_path: Path) -> None:
+    dear = {**TABLE, "factors": [1.0, 1.0, 2.0]}  # a verification of two drafts costs 3.2 plain steps
+    watched = pacer(tmp_path, rollout__speculative_draft_model_path="given")
+    reasons = []
+    for step in range(8):
+        decision, _ = watched.decide(step, Rollout(generated(10.0, 300, SPEC), None), 1.0, engine(state=dear))
+        settle(watched, decision, 1.0, None)
+        reasons.append(decision.reason)
+    assert reasons[:4] == [Reason.START] * 4 and reasons[-1] is Reason.LOSING
 
 
 # ---- whole runs ----

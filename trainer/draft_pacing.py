@@ -52,7 +52,9 @@ class DraftPacer:
         decision = self._given.get(step)
         if decision is None:
             decision = Decision(0.0, Reason.NO_SAMPLES)
-            if entropy is not None:
+            if not engine.transport.plan.has_draft:
+                decision = Decision(0.0, Reason.STOPPED)
+            elif entropy is not None:
                 decision = draft_schedule.decide(self._state, judgement, self._money(step, rollout, judgement, cost))
         append_decision(self._record, step, decision)
         self._state = draft_schedule.advance(self._state, judgement, decision)

@@ -45,6 +45,7 @@ class Reason(StrEnum):
     ALWAYS = "always"
     NEVER = "never"
     NO_SAMPLES = "no_samples"  # every group was dropped: there is nothing to learn from
+    STOPPED = "stopped"  # the engine serves no draft any more
     START = "start"  # too little was seen: a draft that is new learns
     RISING = "rising"  # its acceptance still rises by more than the training costs
     DROP = "drop"  # acceptance fell below what the entropy explains
