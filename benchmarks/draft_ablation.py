@@ -129,7 +129,8 @@ def parse(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, Plan]:
     add("--seeds", type=integers, default=(0, 1, 2), help="default: 0,1,2")
     add("--axes", type=words, default=AXES, help=f"default: {','.join(AXES)}; the base arm belongs to all")
     add("--threads", type=int, default=0, help="torch threads; 0 = torch's own choice")
-    overrides = {"size": str, "warm_start_s": float, "record_s": float, "updates": int, "train_prompts": int}
+    overrides: dict[str, type] = {"size": str, "dtype": str, "warm_start_s": float, "record_s": float}
+    overrides |= {"updates": int, "train_prompts": int}
     for name, kind in overrides.items():
         add(f"--{name.replace('_', '-')}", type=kind, help=f"instead of the plan's {name}")
     args = parser.parse_args(argv)
