@@ -34,7 +34,8 @@ RISEN = 3.0  # times the noise: acceptance that is so much above where it began 
 PRIOR_STEPS = 4  # steps that the noise to expect beforehand counts for
 MAX_SLOPE = 3.0  # tokens per nat: the literature's steepest is 1.7
 SLACK, ALARM = 0.5, 4.0  # of the cumulative sum, in units of the noise
-HORIZON = 8  # steps for which what is learned now is taken to last
+AHEAD = 8  # steps for which a rise is carried on,
+LASTING = 16  # and those for which what was learned is taken to last
 MIN_SHARE = 1 / 8  # of a step's tokens: less is not worth an optimizer step
 CALM_STEPS = 12  # without a fall before the share is halved
 
@@ -235,22 +236,22 @@ def _quiet(state: State, judgement: Judgement, money: Money) -> Decision:
 
 
 def _rise_pays(judgement: Judgement, money: Money) -> bool:
-    """Whether going on for a horizon would win more than it costs; a steady rise wins half of its last step on average.
+    """Whether going on for some steps would win more than it costs: half of the gain while it rises, then all of it.
 
     The rise is taken as it is, not at its best: where noise hides it, going on would be training always.
     """
     assert judgement.seen is not None
-    steps = min(HORIZON, money.steps_left)
+    steps, lasting = min(AHEAD, money.steps_left), min(LASTING, money.steps_left)
     now = judgement.seen.accept_length
-    later = now + max(0.0, judgement.rise) * steps
-    return (money.seconds_at(now) - money.seconds_at(later)) / 2 > money.train_s
+    gain_s = money.seconds_at(now) - money.seconds_at(now + max(0.0, judgement.rise) * steps)
+    return gain_s * (lasting - steps / 2) > money.train_s * steps
 
 
 def _return_pays(judgement: Judgement, money: Money) -> bool:
-    """Whether a return to the line would win more over a horizon than a short recovery costs."""
+    """Whether a return to the line would win more, while it lasts, than a short recovery costs."""
     assert judgement.seen is not None and judgement.expected is not None
     lost_s = money.seconds_at(judgement.seen.accept_length) - money.seconds_at(judgement.expected)
-    return lost_s * min(HORIZON, money.steps_left) > 2 * money.train_s
+    return lost_s * min(LASTING, money.steps_left) > 2 * money.train_s
 
 
 def _share_to_keep(state: State) -> tuple[float, float]:
