@@ -170,17 +170,6 @@ def test_dry_run_opens_the_weights(tiny_model, capsys):
     assert "model.norm.weight" in capsys.readouterr().err
 
 
-def test_a_reduced_draft_vocabulary_holds_the_tokens_that_end_a_response(tiny_model):
-    from trainer.config_load import parse_flags
-    from trainer.run import make_draft, read_inputs
-
-    arguments = [f"--hf-checkpoint={tiny_model}", f"--prompt-data={tiny_model}/train.jsonl"]
-    config = load_config(None, parse_flags([*arguments, "--draft.draft-vocab-size=4"])[1])
-    inputs = read_inputs(config)
-    draft = make_draft(config, inputs)
-    assert inputs.eos_token_ids and all(draft.t2d[i] for i in inputs.eos_token_ids)
-
-
 def test_generate_prints_a_text_for_every_sample(tiny_model, capsys):
     arguments = ["generate", f"--policy={tiny_model}", "--rollout-max-response-len=5", "--n-samples-per-prompt=2"]
     assert main([*arguments, f"--prompt-data={tiny_model / 'eval.jsonl'}"]) == 0

@@ -253,7 +253,12 @@ def test_without_speculation_sglang_takes_min_p():
 
 
 def test_the_target_only_rule_takes_a_reduced_draft_vocabulary_in_sglang():
-    validate(from_flags(*GOOD, *SGLANG, "--draft.draft-vocab-size=64", "--rollout.verify-rule=target_only"))
+    reduced = ("--draft.draft-vocab-size=64", "--rollout.verify-rule=target_only")
+    validate(from_flags(*GOOD, *SGLANG, *reduced))
+    at = ("--rollout.sglang-address=http://127.0.0.1:30000", "--update-weight-disk-dir=d")
+    with pytest.raises(ConfigError, match="has the tokens of its draft already"):
+        validate(from_flags(*GOOD, *SGLANG, *reduced, *at))
+    validate(from_flags(*GOOD, *SGLANG, *reduced, *at, "--speculative-draft-model-path=d"))
 
 
 def test_samples_must_divide_over_data_parallel_ranks():

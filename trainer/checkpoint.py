@@ -158,6 +158,12 @@ def load_checkpoint(folder: Path, parts: Sequence[Part]) -> tuple[int, dict[str,
     return manifest["step"], manifest["counters"]
 
 
+def read_part(folder: Path, name: str) -> State:
+    """The state of one `shared_part`, from a folder that `latest_checkpoint` gave; tensors are read when used."""
+    state: State = torch.load(folder / name / "state.pt", map_location="cpu", weights_only=True, mmap=True)
+    return state
+
+
 def read_counters(folder: Path) -> dict[str, Any]:
     """The counters of a checkpoint, before anything of it is loaded. Raises CheckpointError."""
     try:

@@ -202,10 +202,15 @@ def _check_sglang_run(config: RunConfig) -> None:
     try:
         check_sync_folder(rollout)
         # A draft that is read from its folder is checked when its sizes are known.
-        is_random = not rollout.speculative_draft_model_path
-        check_draft_vocabulary(rollout, is_reduced=is_random and config.draft.draft_vocab_size > 0)
+        is_reduced = not rollout.speculative_draft_model_path and config.draft.draft_vocab_size > 0
+        check_draft_vocabulary(rollout, is_reduced)
     except EngineConfigError as error:
         raise ConfigError(str(error)) from None
+    if is_reduced and rollout.sglang_address:
+        raise ConfigError(
+            f"draft.draft_vocab_size = {config.draft.draft_vocab_size} with rollout.sglang_address: that server has "
+            "the tokens of its draft already and keeps them; give the draft's folder: --speculative-draft-model-path"
+        )
 
 
 def _check_speculation(rollout: RolloutConfig, deterministic: bool) -> None:

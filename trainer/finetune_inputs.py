@@ -8,19 +8,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from draft_models.eagle3 import DraftError, Eagle3, Eagle3Config, choose_draft_vocab
+from draft_models.eagle3 import DraftError, Eagle3, Eagle3Config
 from draft_models.spellings import Target
 from draft_models.types import VerifyRule
 from rollout_engine.types import Sample
 from trainer.config import ConfigError
 from trainer.convert_draft import read_any_draft
 from trainer.draft_forecast import DraftSettings
+from trainer.draft_vocab import answers_vocabulary
 from trainer.finetune_config import FinetuneConfig
 from trainer.finetune_data import RowLimits, TextRows, load_texts
 from trainer.hf_files import HFWeights, read_config
-from trainer.serving import check_engine, context_length, eos_token_ids, load_tokenizer, read_draft
+from trainer.serving import check_asked, check_engine, context_length, eos_token_ids, load_tokenizer, read_draft
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,21 +76,14 @@ def read_source(config: FinetuneConfig, target: Target) -> Eagle3 | None:
         return None
     folder = Path(config.source)
     draft = read_any_draft(folder, target) if config.import_ else read_draft(folder, Path(target.name))
-    asked, sizes = config.run.draft, draft.config
-    for key, wanted, has in (
-        ("aux_layer_ids", asked.aux_layer_ids, sizes.aux_layer_ids),
-        ("draft_vocab_size", asked.draft_vocab_size, sizes.draft_vocab_size),
-        ("intermediate_size", asked.intermediate_size, sizes.intermediate_size),
-    ):
-        if wanted and wanted != has:
-            raise ConfigError(f"draft.{key} = {wanted}, but the draft in {folder} has {has}: leave the setting out")
+    check_asked(config.run.draft, draft, folder)
     return draft.float()
 
 
 def new_draft(config: FinetuneConfig, inputs: Inputs, samples: Sequence[Sample]) -> Eagle3:
     """Random weights from the run's seed; a reduced vocabulary is that of the responses in `samples`."""
     sizes = _random_sizes(config, inputs.target)
-    ids = _answers_vocabulary(sizes, samples, inputs.eos_token_ids) if sizes.is_reduced else None
+    ids = answers_vocabulary(sizes, samples, inputs.eos_token_ids) if sizes.is_reduced else None
     return Eagle3(sizes, seed=config.run.seed, target_ids=ids)
 
 
@@ -100,19 +92,6 @@ def _random_sizes(config: FinetuneConfig, target: Target) -> Eagle3Config:
         return Eagle3Config.from_target(target.config, config.run.draft)
     except DraftError as error:
         raise ConfigError(str(error)) from error
-
-
-def _answers_vocabulary(sizes: Eagle3Config, samples: Sequence[Sample], eos: Sequence[int]) -> torch.Tensor:
-    """int64 [R], ascending: the tokens most frequent in what the target really said, and those that end a response.
-
-    Where that has fewer than R different tokens, the prompts' come next: they are what answers tend to repeat.
-    """
-    said_V, asked_V = (torch.zeros(sizes.vocab_size, dtype=torch.int64) for _ in range(2))
-    for sample in samples:
-        said_V += torch.bincount(torch.tensor(sample.token_ids, dtype=torch.int64), minlength=sizes.vocab_size)
-        asked_V += torch.bincount(torch.tensor(sample.request.prompt_ids), minlength=sizes.vocab_size)
-    said_V[[i for i in eos if i < sizes.vocab_size]] = said_V.max() + 1
-    return choose_draft_vocab(said_V * (asked_V.max() + 1) + asked_V, sizes.draft_vocab_size)
 
 
 def draft_settings(config: FinetuneConfig) -> DraftSettings:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from draft_models.randomness import request_seed
+from rollout_engine.config import RolloutConfig
 from rollout_engine.types import FinishReason, RolloutEngine, RolloutRequest, Sample, SamplingParams
 from trainer.data import Prompt
 from trainer.rewards import RewardFunction
@@ -40,6 +41,17 @@ class Rollout:
     @property
     def samples(self) -> tuple[Sample, ...]:
         return self.speculative.samples
+
+
+def sampling_params(rollout: RolloutConfig) -> SamplingParams:
+    """How the run's responses are sampled; seeds come with the requests."""
+    return SamplingParams(
+        temperature=rollout.temperature,
+        top_p=rollout.top_p,
+        top_k=rollout.top_k,
+        max_new_tokens=rollout.max_response_len,
+        stop=rollout.stop,
+    )
 
 
 def make_requests(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from draft_models.checkpoint import save_draft
-from draft_models.eagle3 import DraftError, Eagle3, Eagle3Config, choose_draft_vocab
+from draft_models.eagle3 import DraftError, Eagle3, Eagle3Config
 from draft_models.types import VerifyRule
 from rollout_engine.config import RolloutConfig
 from rollout_engine.sglang_checks import check_draft_vocabulary
@@ -35,6 +36,7 @@ from trainer.data import DataPosition, Prompt, PromptData, load_prompts
 from trainer.distributed import init_distributed, rank, world_size
 from trainer.draft_learner import DraftLearner, DraftSettings
 from trainer.draft_pacing import DraftPacer
+from trainer.draft_vocab import run_vocabulary
 from trainer.hf_files import HFWeights, read_config
 from trainer.interrupt import deferred_interrupts
 from trainer.megatron_policy import CaptureSpec, MegatronPolicy
@@ -43,12 +45,20 @@ from trainer.metrics import MetricsWriter, PhaseClock, read_metrics
 from trainer.progress import Progress
 from trainer.resume_check import check_resumed, flat_settings
 from trainer.rewards import Reward, load_reward
-from trainer.rollouts import Rollout
+from trainer.rollouts import Rollout, sampling_params
 from trainer.run_dir import RunDir, check_run_dir, clear_unless_resumed, cut_metrics, make_run_dir
 from trainer.run_lock import RunLock
 from trainer.schedule_record import Schedule, read_schedule
 from trainer.sentinel_watch import SentinelWatch, plain_rollout
-from trainer.serving import build_engine, check_engine, context_length, eos_token_ids, load_tokenizer, read_draft
+from trainer.serving import (
+    build_engine,
+    check_asked,
+    check_engine,
+    context_length,
+    eos_token_ids,
+    load_tokenizer,
+    read_draft,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,14 +109,7 @@ class Run:
 
     @property
     def sampling(self) -> SamplingParams:
-        rollout = self.config.rollout
-        return SamplingParams(
-            temperature=rollout.temperature,
-            top_p=rollout.top_p,
-            top_k=rollout.top_k,
-            max_new_tokens=rollout.max_response_len,
-            stop=rollout.stop,
-        )
+        return sampling_params(self.config.rollout)
 
     def record(self, step: int, rollout: Rollout, report: SyncReport, *parts: dict[str, Any]) -> None:
         """Write the step's metrics line and show it, on rank 0; raises on every rank when that cannot be done."""
@@ -268,51 +271,44 @@ def check_policy(config: RunConfig, folder: Path, hf_config: dict[str, Any]) -> 
         HFWeights(Path(config.policy.ref_load))
 
 
-def make_draft(config: RunConfig, inputs: Inputs) -> Eagle3 | None:
+def make_draft(
+    config: RunConfig, inputs: Inputs, vocabulary: Callable[[Eagle3Config], torch.Tensor] | None = None
+) -> Eagle3 | None:
     """The run's EAGLE-3 draft: read from its checkpoint, or random; None for other speculation.
 
-    Raises ConfigError for one that does not fit the policy, EngineConfigError for one that the engine could not verify.
+    `vocabulary` gives the tokens of a random draft of reduced vocabulary; None for a draft that is only looked at.
+    Raises ConfigError for one that does not fit the policy, EngineConfigError for one that the engine cannot verify.
     """
     if config.rollout.speculative_algorithm != "EAGLE3":
         return None
-    draft = _read_or_random_draft(config, inputs)
+    draft = _read_or_random_draft(config, inputs, vocabulary)
     if config.rollout.engine == "sglang":
         check_draft_vocabulary(config.rollout, draft.config.is_reduced)
     return draft
 
 
-def _read_or_random_draft(config: RunConfig, inputs: Inputs) -> Eagle3:
+def _read_or_random_draft(
+    config: RunConfig, inputs: Inputs, vocabulary: Callable[[Eagle3Config], torch.Tensor] | None
+) -> Eagle3:
     path = config.rollout.speculative_draft_model_path
     if path:
-        return read_draft(Path(path), inputs.folder)
+        draft = read_draft(Path(path), inputs.folder)
+        check_asked(config.draft, draft, Path(path))
+        return draft
     try:
         sizes = Eagle3Config.from_target(inputs.hf_config, config.draft)
     except DraftError as error:
         raise ConfigError(str(error)) from error
-    return Eagle3(sizes, seed=config.seed, target_ids=_draft_vocabulary(sizes, inputs))
-
-
-def _draft_vocabulary(sizes: Eagle3Config, inputs: Inputs) -> torch.Tensor | None:
-    """With a reduced vocabulary: the tokens most frequent in prompts and labels, which is what answers look like.
-
-    The tokens that end a response are always in it, though no prompt holds them.
-    """
-    if not sizes.is_reduced:
-        return None
-    counts_V = torch.zeros(sizes.vocab_size, dtype=torch.int64)
-    for row in inputs.prompts.rows:
-        ids = torch.tensor([*row.token_ids, *inputs.tokenizer.encode(row.label)])
-        counts_V += torch.bincount(ids, minlength=sizes.vocab_size)[: sizes.vocab_size]
-    counts_V[[i for i in inputs.eos_token_ids if i < sizes.vocab_size]] = counts_V.max() + 1
-    return choose_draft_vocab(counts_V, sizes.draft_vocab_size)
+    target_ids = vocabulary(sizes) if vocabulary and sizes.is_reduced else None
+    return Eagle3(sizes, seed=config.seed, target_ids=target_ids)
 
 
 def build_run(config: RunConfig) -> Run:
     """Read the inputs, then build every part on this rank. ConfigError before anything is written."""
     device = init_distributed()
-    check_folder(config)
+    newest = latest_checkpoint(check_folder(config).checkpoints)
     inputs = read_inputs(config)
-    draft = make_draft(config, inputs)
+    draft = make_draft(config, inputs, lambda sizes: run_vocabulary(config, inputs, sizes, newest))
     policy = MegatronPolicy(
         config.policy,
         config.algorithm,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from draft_models.checkpoint import load_draft, save_draft
+from draft_models.config import DraftConfig
 from draft_models.eagle3 import DraftError, Eagle3
 from rollout_engine.config import RolloutConfig, SpeculationConfig
 from rollout_engine.decoder import Decoder
@@ -113,6 +114,18 @@ def read_draft(folder: Path, target: Path) -> Eagle3:
         return load_draft(folder, read_config(target))
     except (DraftError, FileNotFoundError) as error:
         raise ConfigError(str(error)) from error
+
+
+def check_asked(asked: DraftConfig, draft: Eagle3, folder: Path) -> None:
+    """ConfigError for a setting of `[draft]` that says another size than the draft in `folder` has."""
+    sizes = draft.config
+    for key, wanted, has in (
+        ("aux_layer_ids", asked.aux_layer_ids, sizes.aux_layer_ids),
+        ("draft_vocab_size", asked.draft_vocab_size, sizes.draft_vocab_size),
+        ("intermediate_size", asked.intermediate_size, sizes.intermediate_size),
+    ):
+        if wanted and wanted != has:
+            raise ConfigError(f"draft.{key} = {wanted}, but the draft in {folder} has {has}: leave the setting out")
 
 
 def check_engine(rollout: RolloutConfig) -> None:
