@@ -25,7 +25,7 @@ from rollout_engine.config import RolloutConfig
 from rollout_engine.decoder import Decoder
 from rollout_engine.hf_checkpoint import read_config
 from rollout_engine.torch_engine import TorchEngine
-from rollout_engine.types import RolloutRequest, SamplingParams, SpecStats
+from rollout_engine.types import EngineError, RolloutRequest, SamplingParams, SpecStats
 from tests import finetune_helpers as helpers
 from tests.crash_helpers import KILLED, exit_code
 from tests.policy_helpers import run_ranks
@@ -97,7 +97,12 @@ def test_what_is_published_is_the_best_and_not_the_last(config: Config, monkeypa
                 self.draft.lm_head.weight.mul_(8.0)
 
     monkeypatch.setattr(DraftLearner, "_take_step", ruined)
-    out = helpers.run(settings)
+    with monkeypatch.context() as patch:
+        patch.setattr("trainer.finetune._publish", lambda *_: raise_error(RuntimeError("killed")))
+        with pytest.raises(RuntimeError, match="killed"):
+            finetune(settings)
+    out = helpers.run(replace(settings, resume=True))  # nothing is left to do but to publish
+    assert len(taken) == 8
     lengths = [line[LENGTH] for line in helpers.metrics(out) if LENGTH in line]
     assert len(lengths) == 4 and lengths[1] == max(lengths) > lengths[-1] + 0.5
     assert judged_again(out, settings) == pytest.approx(lengths[1], rel=1e-6)
@@ -242,6 +247,15 @@ def test_a_resumed_run_has_the_settings_and_the_data_of_the_first(
     data.write_text("\n".join(rollouts.read_text().splitlines()[1:]) + "\n")
     with pytest.raises(ConfigError, match="data"):
         finetune(replace(settings, resume=True))
+
+
+def test_a_run_that_kept_nothing_is_not_in_the_way(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = config()
+    monkeypatch.setattr("trainer.finetune.build_engine", lambda *_, **__: raise_error(EngineError("no engine")))
+    for _ in range(2):
+        with pytest.raises(EngineError, match="no engine"):
+            finetune(settings)
+        assert not Path(f"{settings.out}.finetune").exists()
 
 
 # ---------------------------------------------------------------- ranks
