@@ -62,6 +62,21 @@ def test_a_part_does_not_fill_up_with_short_samples() -> None:
     assert 0.4 < short / total < 0.66
 
 
+def test_a_share_takes_fewer_then_smaller_steps_and_a_burst_more_of_them() -> None:
+    samples = rollout(num_prompts=20, group=4)
+    config = DraftConfig(updates_per_step=4, max_tokens_per_update=100)
+    length = {s.request.key: len(s.request.prompt_ids) + len(s.token_ids) for s in samples}
+    found = {}
+    for share in (0.1, 0.5, 1.0, 2.0):
+        parts = plan_updates(samples, config, seed=1, step=2, share=share)
+        found[share] = (len(parts), sum(length[key] for part in parts for key in part))
+        assert sum(map(len, parts)) == len(frozenset().union(*parts))
+        assert all(sum(length[key] for key in part) <= 100 for part in parts)
+    assert [steps for steps, _ in found.values()] == [1, 2, 4, 8]
+    tokens = [tokens for _, tokens in found.values()]
+    assert [count / tokens[2] for count in tokens] == pytest.approx([0.1, 0.5, 1.0, 2.0], abs=0.12)
+
+
 def test_a_part_has_at_least_one_sample() -> None:
     (part,) = plan_updates(rollout(), DraftConfig(max_tokens_per_update=1), seed=0, step=0)
     assert len(part) == 1

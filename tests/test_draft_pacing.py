@@ -87,8 +87,8 @@ def test_a_record_is_read_back_cut_and_refused_in_one_line(tmp_path: Path) -> No
         read_schedule(path, 3)
     assert cut_schedule(path, 1) == {1: decisions[1], 2: decisions[2]}
     assert read_schedule(path, 1) == {0: TRAINED} and len(path.read_text().splitlines()) == 1
-    path.write_text('{"step": 0, "share": 1.5, "reason": "rest"}\n')
-    with pytest.raises(ConfigError, match=r"share = 1.5"):
+    path.write_text('{"step": 0, "share": -1.5, "reason": "rest"}\n')
+    with pytest.raises(ConfigError, match=r"share = -1.5"):
         read_schedule(path, 1)
     assert cut_schedule(tmp_path / "none", 0) == {}
 

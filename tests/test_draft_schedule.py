@@ -128,6 +128,25 @@ def test_a_shock_is_answered_at_once_and_the_draft_comes_back() -> None:
     assert found[-1].reason is Reason.REST
 
 
+def test_a_burst_is_as_large_as_the_loss_is_worth() -> None:
+    """A fall from 2.5 to 1.7 costs 4.7 s of 10 in each of the steps that the return lasts for."""
+    found = {}
+    for train_s, steps_left in ((0.2, 100), (2.5, 100), (9.0, 100), (20.0, 100), (9.0, 2)):
+        world = settled()
+        world.level -= 0.8
+        world.money = replace(CHEAP, train_s=train_s, steps_left=steps_left, max_burst=6)
+        found[train_s, steps_left] = world.step().share
+    assert list(found.values()) == [4.0, 4.0, 2.0, 1.0, 0.0]
+
+
+def test_a_burst_ends_when_acceptance_is_back() -> None:
+    world = settled(money=replace(CHEAP, max_burst=4))
+    world.level -= 0.8
+    world.speed = 0.15
+    shares = [decision.share for decision in world.run(20)]
+    assert shares[:2] == [4.0, 4.0] and 4.0 not in shares[6:] and shares[-1] == 0.0
+
+
 def test_a_level_that_cannot_be_regained_becomes_the_new_one() -> None:
     world = settled()
     world.level = world.plateau = 2.0

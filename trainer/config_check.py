@@ -51,6 +51,7 @@ _AT_LEAST_ONE = (
     "policy.max_tokens_per_gpu",
     "draft.unroll",
     "draft.updates_per_step",
+    "draft.burst",
     "draft.max_tokens_per_update",
     "draft.capture_max_bytes",
     "speculation.history_min_match",

@@ -44,7 +44,8 @@ def plan_updates(
 ) -> list[frozenset[Key]]:
     """Which samples each of this rollout's optimizer steps learns from: disjoint, random, within the token budget.
 
-    `share` above 0 is that of the tokens which a whole plan would take: fewer optimizer steps first, then smaller ones.
+    `share` above 0 is that of the tokens which a whole plan would take: fewer optimizer steps first, then smaller ones;
+    above 1 it is more optimizer steps, which take more of the samples while there are any.
 
     A pure function of what every rank knows, so that ranks agree whoever holds a sample. Samples are taken in a
     shuffled order and dealt round-robin. A part ends at the first one that would go beyond `max_tokens_per_update`
@@ -52,8 +53,9 @@ def plan_updates(
     """
     order = _shuffled(samples, seed, step)
     parts: list[list[Key]] = [[] for _ in range(math.ceil(share * config.updates_per_step))]
+    hands = max(len(parts), config.updates_per_step)
     for number, part in enumerate(parts):
-        dealt = order[number :: config.updates_per_step]
+        dealt = order[number::hands]
         left = min(config.max_tokens_per_update, num_tokens(dealt))
         left = math.ceil(left * share * config.updates_per_step / len(parts))
         for sample in dealt:
@@ -190,8 +192,8 @@ class DraftLearner:
     def _batches(self, captured: Sequence[DraftSample], part: frozenset[Key]) -> list[DraftBatch]:
         """This rank's samples of a part, in as many batches as `max_tokens_per_forward` asks for."""
         mine = [s for s in captured if (s.prompt_id, s.sample_id) in part]
-        batches = map(make_batch, split_by_tokens(mine, self.config.max_tokens_per_forward))
-        return [batch for batch in batches if batch is not None]
+        runs = split_by_tokens(mine, self.config.max_tokens_per_forward)
+        return [batch for run in runs if (batch := make_batch(run)) is not None]
 
     def _backward(self, batches: Sequence[DraftBatch], *, posteriors: bool) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """Gradient of the mean over the group's chains, as far as it comes from this rank: one forward a batch.

@@ -58,7 +58,7 @@ class Reason(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """`share` of the step's token budget to train on; 0 = score the draft only."""
+    """`share` of the step's token budget to train on; 0 = score the draft only, above 1 = a burst."""
 
     share: float
     reason: Reason
@@ -85,6 +85,7 @@ class Money:
     plain_s: float | None  # the same rollout without speculation
     verify_cost: float | None  # accept length below which drafting loses
     can_stop: bool  # the engine drafts nothing where drafting loses
+    max_burst: int = 1  # budgets that a step may train on after a fall
 
     @property
     def is_losing(self) -> bool:
@@ -221,11 +222,12 @@ def decide(state: State, judgement: Judgement, money: Money) -> Decision:
             return Decision(1.0, Reason.START)
         return Decision(1.0, Reason.RISING) if _rise_pays(judgement, money) else _quiet(state, judgement, money)
     if state.phase is Phase.RESTING:
-        falls = judgement.has_fallen and _return_pays(judgement, money)
-        return Decision(1.0, Reason.DROP) if falls else _quiet(state, judgement, money)
+        burst = _burst(judgement, money) if judgement.has_fallen else 0.0
+        return Decision(burst, Reason.DROP) if burst else _quiet(state, judgement, money)
     is_early = not judgement.is_back and len(state.climb) < RECOVERY
     goes_on = money.steps_left and (is_early or _rise_pays(judgement, money))
-    return Decision(1.0, Reason.RECOVER) if goes_on else _quiet(state, judgement, money)
+    share = 1.0 if judgement.is_back else max(1.0, _burst(judgement, money))
+    return Decision(share, Reason.RECOVER) if goes_on else _quiet(state, judgement, money)
 
 
 def _quiet(state: State, judgement: Judgement, money: Money) -> Decision:
@@ -247,11 +249,18 @@ def _rise_pays(judgement: Judgement, money: Money) -> bool:
     return gain_s * (lasting - steps / 2) > money.train_s * steps
 
 
-def _return_pays(judgement: Judgement, money: Money) -> bool:
-    """Whether a return to the line would win more, while it lasts, than a short recovery costs."""
-    assert judgement.seen is not None and judgement.expected is not None
+def _burst(judgement: Judgement, money: Money) -> float:
+    """Budgets to train on so that acceptance returns to its line: the most of 1, 2, 4 .. of which two steps cost less
+    than the return wins while it lasts; 0 when even one budget costs more."""
+    assert judgement.seen is not None
+    if judgement.expected is None:
+        return 0.0
     lost_s = money.seconds_at(judgement.seen.accept_length) - money.seconds_at(judgement.expected)
-    return lost_s * min(LASTING, money.steps_left) > 2 * money.train_s
+    gain_s = lost_s * min(LASTING, money.steps_left)
+    burst = 0
+    while max(1, 2 * burst) <= money.max_burst and gain_s > 2 * max(1, 2 * burst) * money.train_s:
+        burst = max(1, 2 * burst)
+    return float(burst)
 
 
 def _share_to_keep(state: State) -> tuple[float, float]:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,6 @@ def _parsed(path: Path, number: int, text: str) -> tuple[int, Decision]:
         step, share, reason = int(row["step"]), float(row["share"]), Reason(row["reason"])
     except (ValueError, LookupError, TypeError) as error:
         raise ConfigError(f"{path} line {number} is not a decision with step, share and reason: mend it") from error
-    if not 0.0 <= share <= 1.0:
-        raise ConfigError(f"{path} line {number}: share = {share}, but it must be from 0 to 1")
+    if not 0.0 <= share < math.inf:
+        raise ConfigError(f"{path} line {number}: share = {share}, but it must be 0 or more")
     return step, Decision(share, reason)
