@@ -254,18 +254,18 @@ def test_tables_come_from_the_records_paired_by_seed(tmp_path: Path):
         "target": {"num_parameters": 3_000_000},
         "texts": [text_of(0.6, 1.0), text_of(1.0, 2.0), text_of(1.0, 2.0) | {"split": TRAIN}],
         "asked": {"arms": [arm.name for arm in arms], "seeds": [0, 1]},
-        "left_out": {f"{arms[1].name}, seed 1": "no time: 2 s needed, 1 s left"},
+        "left_out": {f"{arms[1].name}, seed 0": "no time: 2 s needed, 1 s left"},
     }
-    records = [record_of(arms[0], 0, 4.0), record_of(arms[0], 1, 5.0), record_of(arms[1], 0, 4.5)]
+    records = [record_of(arms[0], 0, 4.0), record_of(arms[0], 1, 5.0), record_of(arms[1], 1, 4.5)]
     (tmp_path / "about.json").write_text(json.dumps(about))
     (tmp_path / "runs.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     text = draft_ablation_report.section(Ablation.read(tmp_path))
     half = f"{12.706 * statistics.stdev([4.0, 5.0]) / math.sqrt(2):.2f}"
     assert f"| loss | base: lk | 4.50 ± {half} |  |" in text
-    assert "| loss | forward_kl | 4.50 | 0.50 |" in text  # against seed 0 of the base alone
+    assert "| loss | forward_kl | 4.50 | -0.50 |" in text  # against seed 1 of the base alone
     # Accept length grows by 1 from the colder text to the warmer, and the entropy by 1.
     assert "| forward_kl | 1 | 3.50 | 4.50 | 1.00 | 1.00 | 1.00 |" in text
-    assert "* forward_kl, seed 1: no time: 2 s needed, 1 s left." in text
+    assert "* forward_kl, seed 0: no time: 2 s needed, 1 s left." in text
     assert "* unroll 1: not asked for." in text
 
 
