@@ -253,10 +253,11 @@ def test_tables_come_from_the_records_paired_by_seed(tmp_path: Path):
         "origin": {"command": "c", "commit": "abc", "date": "2026-01-01T00:00", "hardware": HARDWARE},
         "target": {"num_parameters": 3_000_000},
         "texts": [text_of(0.6, 1.0), text_of(1.0, 2.0), text_of(1.0, 2.0) | {"split": TRAIN}],
-        "asked": {"arms": [arm.name for arm in arms], "seeds": [0, 1]},
+        "asked": {"arms": [arm.name for arm in arms], "seeds": [0, 1, 2]},
         "left_out": {f"{arms[1].name}, seed 0": "no time: 2 s needed, 1 s left"},
     }
     records = [record_of(arms[0], 0, 4.0), record_of(arms[0], 1, 5.0), record_of(arms[1], 1, 4.5)]
+    records.append({"arm": asdict(arms[0]), "seed": 2, "failed": "loss not finite within 8 updates"})
     (tmp_path / "about.json").write_text(json.dumps(about))
     (tmp_path / "runs.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     text = draft_ablation_report.section(Ablation.read(tmp_path))
@@ -266,7 +267,8 @@ def test_tables_come_from_the_records_paired_by_seed(tmp_path: Path):
     # Accept length grows by 1 from the colder text to the warmer, and the entropy by 1.
     assert "| forward_kl | 1 | 3.50 | 4.50 | 1.00 | 1.00 | 1.00 |" in text
     assert "* forward_kl, seed 0: no time: 2 s needed, 1 s left." in text
-    assert "* unroll 1: not asked for." in text
+    assert "* base, seed 2: loss not finite within 8 updates." in text
+    assert "* forward_kl, seed 2: the call ended before it." in text and "* unroll 1: not asked for." in text
 
 
 HARDWARE = {"gpu": None, "cpu": "a processor", "threads": 1, "torch": "2"}
