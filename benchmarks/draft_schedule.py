@@ -216,6 +216,24 @@ def loss_of_acceptance(rows: Sequence[Mapping[str, Any]]) -> list[tuple[float, f
     return points
 
 
+def point_used(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Where "pays" lies beside "always", from the same draft, paired by seed; empty before both are done."""
+    always, pays = ({r["seed"]: r for r in rows if r["kind"] == "rl" and r["name"] == n} for n in ("always", "pays"))
+    seeds = always.keys() & pays.keys()
+    if not seeds:
+        return ""
+
+    def mean(key: str) -> float:
+        return statistics.fmean(pays[seed][key] for seed in seeds)
+
+    lost = statistics.fmean(1 - pays[seed]["accept_length"] / always[seed]["accept_length"] for seed in seeds)
+    return (
+        f"point used by pays: {mean('token_share'):.1%} of the tokens, {mean('draft_share'):.1%} of the time, accept "
+        f"length {lost:+.1%} lost against training on {statistics.fmean(always[s]['token_share'] for s in seeds):.0%} "
+        "in every step"
+    )
+
+
 def experiment(args: argparse.Namespace) -> None:
     plan, place = REHEARSAL if args.rehearse else Plan(), Place(args.work)
     deadline_s = time.monotonic() + args.budget_s
@@ -229,6 +247,8 @@ def experiment(args: argparse.Namespace) -> None:
         show(out, rows, kind)
     for share, lost in loss_of_acceptance(rows):
         out.print(f"trained on {share:.0%} of the tokens: accept length {lost:+.1%} lost against all of them")
+    if point := point_used(rows):
+        out.print(point)
     out.print("On a CPU, fixed depth, no plain probe: seconds are this machine's, and what is saved is a bound.")
     if left_out:
         out.print(f"no time left for {', '.join(left_out)}: give the same command again")

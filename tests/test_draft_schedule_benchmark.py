@@ -89,6 +89,23 @@ def test_what_is_lost_is_paired_by_seed():
     assert bench.loss_of_acceptance(rows[:1]) == []  # its counterpart is not done yet
 
 
+def test_the_point_used_is_that_of_pays_beside_always():
+    def row(name: str, seed: int, length: float, share: float) -> dict[str, Any]:
+        return {
+            "kind": "rl",
+            "name": name,
+            "seed": seed,
+            "accept_length": length,
+            "token_share": share,
+            "draft_share": share / 5,
+        }
+
+    rows = [row("always", 0, 2.0, 0.4), row("pays", 0, 1.9, 0.1), row("always", 1, 3.0, 0.4), row("pays", 1, 2.85, 0.2)]
+    assert "15.0% of the tokens, 3.0% of the time, accept length +5.0% lost" in bench.point_used(rows)
+    assert "training on 40%" in bench.point_used(rows)
+    assert bench.point_used(rows[:1]) == ""
+
+
 def test_runs_that_never_got_there_are_counted_apart():
     assert bench.mean_of([2.0, None], ".1f") == "2.0 (1 never)"
     assert bench.mean_of([None], ".1f") == "never" and bench.mean_of([], ".1f") == ""
