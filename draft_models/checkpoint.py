@@ -96,6 +96,8 @@ def _read_config(path: Path, target_config: Mapping[str, Any] | None) -> Eagle3C
     if not isinstance(raw, dict) or ARCHITECTURE not in (raw.get("architectures") or []):
         found = raw.get("architectures") if isinstance(raw, dict) else type(raw).__name__
         raise DraftError(f"{path}: expected architectures [{ARCHITECTURE!r}], found {found}")
+    if raw.get("tie_word_embeddings"):  # SGLang would draft with the target's embedding instead of the draft's own head
+        raise _other_spelling(path, Spelling.SPECFORGE)
     for key, plain in (("num_hidden_layers", 1), ("norm_output", False), ("fc_norm", False), ("attention_bias", False)):
         if (raw.get(key) or plain) != plain:
             raise DraftError(f"{path}: {key} is {raw[key]}, only {plain} is supported")

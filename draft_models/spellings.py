@@ -8,6 +8,7 @@ All three hold the same network and the same offsets `d2t` (target id - draft id
 | sizes of the layer | top level | top level | `transformer_layer_config` |
 | the layer's tensors | midlayer.* | midlayer.* | layers.0.* |
 | d2t and t2d | only with a reduced vocabulary | always | only with a reduced vocabulary |
+| `tie_word_embeddings` | false | often true, though the draft has a head of its own | false |
 | captured layers | `eagle_config` | `eagle_config`, or absent: SGLang's default | top level |
 | layer id k means | the OUTPUT of layer k | the same | the INPUT of layer k: one more |
 | token embedding | absent: the target's | absent | often there: a copy of the target's |
@@ -72,7 +73,8 @@ def spelling_of(config: Mapping[str, Any], names: Collection[str] = ()) -> Spell
         return None
     is_reduced = (config.get("draft_vocab_size") or config.get("vocab_size")) != config.get("vocab_size")
     has_surplus = "d2t" in names and not is_reduced
-    return Spelling.SPECFORGE if has_surplus or not _own_layer_ids(config) else Spelling.SGLANG
+    is_theirs = has_surplus or config.get("tie_word_embeddings") or not _own_layer_ids(config)
+    return Spelling.SPECFORGE if is_theirs else Spelling.SGLANG
 
 
 def to_sglang(draft: SpelledDraft, target: Target) -> SpelledDraft:

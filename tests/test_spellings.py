@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from draft_models.checkpoint import load_draft, save_draft
 from draft_models.eagle3 import DraftError, Eagle3
@@ -108,10 +110,6 @@ def test_a_renaming_d2t_over_the_whole_vocabulary_is_refused() -> None:
 
 @pytest.mark.parametrize("spelling", [Spelling.SPECFORGE, Spelling.SPECULATORS])
 def test_a_draft_of_another_spelling_names_it_and_the_flag(tmp_path: Path, spelling: Spelling) -> None:
-    import json
-
-    from safetensors.torch import save_file
-
     theirs = from_sglang(spelled(small_draft()), spelling, TARGET)
     (tmp_path / "config.json").write_text(json.dumps(theirs.config))
     save_file({name: tensor.clone() for name, tensor in theirs.tensors.items()}, tmp_path / "model.safetensors")
@@ -120,6 +118,15 @@ def test_a_draft_of_another_spelling_names_it_and_the_flag(tmp_path: Path, spell
     ) as caught:
         load_draft(tmp_path, TARGET_CONFIG)
     assert "\n" not in str(caught.value)
+
+
+def test_a_head_that_is_announced_as_tied_names_specforge(tmp_path: Path) -> None:
+    """SGLang would draft with the embedding; SpecForge's configs say so, and its drafts have a head of their own."""
+    save_draft(small_draft(), tmp_path)
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"tie_word_embeddings": True}))
+    with pytest.raises(DraftError, match="in the spelling of specforge"):
+        load_draft(tmp_path, TARGET_CONFIG)
 
 
 @pytest.mark.parametrize("draft_vocab_size", SIZES)
@@ -150,6 +157,4 @@ def test_saving_and_loading_the_result_of_an_import(tmp_path: Path) -> None:
     theirs = from_sglang(spelled(draft), Spelling.SPECULATORS, TARGET)
     ours = to_sglang(theirs, TARGET)
     save_draft(draft, tmp_path)
-    import json
-
     assert json.loads((tmp_path / "config.json").read_text()) == ours.config

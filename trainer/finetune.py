@@ -133,11 +133,10 @@ def _split(config: FinetuneConfig, samples: list[Sample]) -> tuple[list[Sample],
 
 
 def _run(tuning: Tuning, work: WorkDir, progress: FinetuneProgress | None) -> None:
-    if tuning.config.resume:
-        tuning.restore(work.checkpoints)
+    tuning.begin(work.checkpoints)
     writers: list[MetricsWriter] = []  # of the first rank alone
 
-    def begin() -> None:
+    def open_metrics() -> None:
         cut_metrics(work.metrics_file, tuning.next_step - 1)
         lines = read_metrics(work.metrics_file) if tuning.next_step else []
         writers.append(MetricsWriter(work.path, resumed_at=tuning.next_step if tuning.config.resume else None))
@@ -149,7 +148,7 @@ def _run(tuning: Tuning, work: WorkDir, progress: FinetuneProgress | None) -> No
         if progress is not None:
             progress.step(line, tuning.total_steps)
 
-    from_rank_zero(begin)
+    from_rank_zero(open_metrics)
     try:
         tuning.run(work.checkpoints, lambda line: from_rank_zero(lambda: write(line)))
     finally:

@@ -17,7 +17,7 @@ DECAYS = ("cosine", "constant")
 _SHARED = ("draft.", "rollout.", "external_engine_addrs", "seed", "deterministic")
 _SHARED_DATA = ("data.input_key", "data.apply_chat_template", "data.n_samples_per_prompt", "data.skip_bad_rows")
 _ONLINE = (
-    *("draft.train", "draft.train_when", "draft.schedule"),
+    *("draft.train", "draft.train_when", "draft.burst", "draft.schedule", "draft.token_weighting"),
     *("draft.updates_per_step", "draft.capture_max_bytes"),
 )
 _DRAFTS_TWICE = "rollout.speculative_draft_model_path"

@@ -52,7 +52,8 @@ class Tuning:
         settings, run, group = draft_settings(config), config.run, dist.group.WORLD
         self.config, self._decoder, self._train = config, decoder, train
         self._learner = DraftLearner(draft, run.draft, settings, group)
-        self._held_out = HeldOut(held_out, decoder, settings, run.draft.max_tokens_per_update, group)
+        max_tokens = run.draft.max_tokens_per_forward or run.draft.max_tokens_per_update
+        self._held_out = HeldOut(held_out, decoder, settings, max_tokens, group)
         self._product_dtype = product_dtype(run.draft.compute_dtype)
         self._depth = settings.depth
         self._lengths = [len(s.request.prompt_ids) + len(s.token_ids) for s in train]
@@ -62,8 +63,8 @@ class Tuning:
             for step in epoch_steps(self._lengths, epoch, run.seed, run.draft.max_tokens_per_update)
         ]
         self.next_step = 0
-        self.before = self._judge()
-        self.best = Best(self.before, _copied(draft))
+        self.before: AcceptForecast  # both are there after `begin`
+        self.best: Best
 
     @property
     def total_steps(self) -> int:
@@ -75,11 +76,14 @@ class Tuning:
         patience = self.config.patience
         return self.next_step >= self.total_steps or 0 < patience <= self.best.since
 
-    def restore(self, checkpoints: Path) -> None:
-        """Go on from the newest whole checkpoint, when there is one."""
+    def begin(self, checkpoints: Path) -> None:
+        """Judge the draft as it is, or go on from the newest whole checkpoint when there is one."""
         folder = latest_checkpoint(checkpoints)
         if folder is not None:
             self.next_step, _ = load_checkpoint(folder, self._parts())
+        else:
+            self.before = self._judge()
+            self.best = Best(self.before, _copied(self._learner.served))
 
     def run(self, checkpoints: Path, record: Record) -> None:
         """Every step that is left. `record` gets each step's metrics line, before the checkpoint that holds the step.

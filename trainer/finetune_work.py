@@ -117,8 +117,9 @@ def _saved_settings(work: WorkDir) -> dict[str, Any] | None:
 def _check_same(saved: Mapping[str, Any] | None, settings: Mapping[str, Any], work: WorkDir) -> None:
     if saved is None:
         raise ConfigError(f"{work.path} holds no run to resume: check --out, or drop --resume")
+    defaults = json.loads(json.dumps(_flat(asdict(FinetuneConfig()))))
     for key, now in settings.items():
-        before = saved.get(key)
+        before = saved.get(key, defaults.get(key))  # a run begun before there was such a setting had its default
         if key not in _FREE and before != now:
             name = key.removeprefix("run.") if key.startswith("run.") else flag_of(key)
             raise ConfigError(
