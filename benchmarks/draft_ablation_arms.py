@@ -129,7 +129,7 @@ def arms_of(plan: Plan) -> tuple[Arm, ...]:
     Over the whole vocabulary cross-entropy on p has forward KL's gradient: it has an arm with a part of it only.
     """
     base = base_arm(plan)
-    kinds = [kind for kind in LossKind if kind not in (base.loss, LossKind.CROSS_ENTROPY)]
+    kinds = (LossKind.FORWARD_KL, LossKind.HARD_LABEL, LossKind.TV, LossKind.REVERSE_KL)
     learning, vocabulary = replace(base, axis="learning"), replace(base, axis="vocabulary")
     return (
         base,
