@@ -39,6 +39,7 @@ def plan(config: RunConfig, inputs: Inputs) -> list[str]:
         speculation = (
             f"{rollout.speculative_algorithm} with k = {rollout.speculative_num_steps}, rule {rollout.verify_rule}, "
             f"{'fixed' if rollout.engine == 'sglang' else rollout.controller} depth"
+            f"{', history beside it' if config.speculation.history else ''}"
         )
     lines = [
         f"# prompts     {rows} rows of {data.prompt_data}{skipped}; {epochs:.2f} epochs",

@@ -90,7 +90,11 @@ def summary(samples: Sequence[Sample], elapsed_s: float, algorithm: str) -> str:
         for accepted, proposed in zip(spec.accepted_by_position, spec.proposed_by_position, strict=True)
         if proposed
     )
-    return (
-        f"{line}; {algorithm}: {spec.accept_length:.2f} tokens per verify, {spec.tokens_per_forward:.2f} per forward, "
+    line += (
+        f"; {algorithm}: {spec.accept_length:.2f} tokens per verify, {spec.tokens_per_forward:.2f} per forward, "
         f"acceptance by position {rates or 'none proposed'}"
     )
+    if spec.history is None:
+        return line
+    share = spec.history.num_verify_steps / spec.num_verify_steps
+    return f"{line}; history drafted {share:.0%} of the verify steps, {spec.history.accept_length:.2f} tokens each"
