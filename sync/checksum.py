@@ -13,6 +13,7 @@ copy to the host.
 from __future__ import annotations
 
 import zlib
+from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -44,49 +45,52 @@ def checksums(tensors: Mapping[str, torch.Tensor]) -> dict[str, int]:
         names_by_device.setdefault(tensor.device, []).append(name)
     sums: dict[str, int] = {}
     for device, names in names_by_device.items():
-        totals = _sums([_aligned(tensors[name]) for name in names], device)
-        for name, total in zip(names, totals, strict=True):
-            sums[name] = _finish(tensors[name], total)
+        sums.update(zip(names, _sums([tensors[name] for name in names], device), strict=True))
     return {name: sums[name] for name in tensors}
 
 
 @dataclass(frozen=True, slots=True)
-class _Rows:
+class _Layout:
     """Where each row of several tensors comes from: `owner_R` names the tensor, `index_R` the row within it."""
 
     counts: Sequence[int]  # rows of each tensor
+    headers: Sequence[int]
     owner_R: torch.Tensor  # int64
     index_R: torch.Tensor  # int64
+    weights_R: torch.Tensor  # int64
 
 
 def _sums(tensors: Sequence[torch.Tensor], device: torch.device) -> list[int]:
-    rows = _lay_out([tensor.nbytes for tensor in tensors], device)
-    hashes_R = _hashes_by_kernel(tensors, rows) if _has_kernel(device) else _hashes(tensors, rows)
+    layout = _lay_out(tuple((tensor.dtype, tensor.shape) for tensor in tensors), device)
+    flats = [_aligned(tensor) for tensor in tensors]
+    hashes_R = _hashes_by_kernel(flats, layout) if _has_kernel(device) else _hashes(flats, layout)
     sums_T = torch.zeros(len(tensors), dtype=torch.int64, device=device)
-    sums_T.index_add_(0, rows.owner_R, hashes_R * _weights(rows.index_R))
-    totals: list[int] = sums_T.tolist()
-    return totals
+    sums_T.index_add_(0, layout.owner_R, hashes_R * layout.weights_R)
+    return [(total + header) & _MASK for total, header in zip(sums_T.tolist(), layout.headers, strict=True)]
 
 
-def _lay_out(sizes_bytes: Sequence[int], device: torch.device) -> _Rows:
+# Syncs are of the same few lists of tensors again and again; what is kept of one is 3/1000 of the tensors' memory.
+@lru_cache(maxsize=4)
+def _lay_out(forms: tuple[tuple[torch.dtype, torch.Size], ...], device: torch.device) -> _Layout:
+    sizes_bytes = [dtype.itemsize * shape.numel() for dtype, shape in forms]
     counts = [-(-size // ROW_BYTES) for size in sizes_bytes]
     counts_T = torch.tensor(counts, device=device)
-    total = sum(counts)  # known here, so that no device is asked for it
-    owner_R = torch.repeat_interleave(torch.arange(len(counts), device=device), counts_T, output_size=total)
+    owner_R = torch.repeat_interleave(torch.arange(len(counts), device=device), counts_T)
     first_T = counts_T.cumsum(0) - counts_T
-    return _Rows(counts, owner_R, torch.arange(total, device=device) - first_T[owner_R])
+    index_R = torch.arange(len(owner_R), device=device) - first_T[owner_R]
+    return _Layout(counts, [_header(*form) for form in forms], owner_R, index_R, _weights(index_R))
 
 
-def _hashes(tensors: Sequence[torch.Tensor], rows: _Rows) -> torch.Tensor:
+def _hashes(tensors: Sequence[torch.Tensor], layout: _Layout) -> torch.Tensor:
     """Row hashes in plain torch. What does not fill a row is gathered with zeros behind it, and hashed together."""
-    device = rows.owner_R.device
+    device = layout.owner_R.device
     flats = [tensor.reshape(-1).view(torch.uint8) for tensor in tensors]
     ragged = [n for n, flat in enumerate(flats) if flat.numel() % ROW_BYTES]
     tails_NB = torch.zeros(len(ragged), ROW_BYTES, dtype=torch.uint8, device=device)
     tail_rows: list[int] = []
-    hashes_R = torch.empty(len(rows.owner_R), dtype=torch.int64, device=device)
+    hashes_R = torch.empty(len(layout.owner_R), dtype=torch.int64, device=device)
     first = 0
-    for flat, count in zip(flats, rows.counts, strict=True):
+    for flat, count in zip(flats, layout.counts, strict=True):
         whole = flat.numel() // ROW_BYTES
         if whole:
             _hash_words(flat[: whole * ROW_BYTES], hashes_R[first : first + whole])
@@ -112,12 +116,13 @@ def _hash_words(flat: torch.Tensor, out_R: torch.Tensor) -> None:
         torch.sum(words_RC[chunk] * weights_C, 1, out=out_R[chunk])
 
 
-def _hashes_by_kernel(tensors: Sequence[torch.Tensor], rows: _Rows) -> torch.Tensor:
+def _hashes_by_kernel(tensors: Sequence[torch.Tensor], layout: _Layout) -> torch.Tensor:
     from sync.checksum_kernel import row_hashes
 
-    device = rows.owner_R.device
-    where_T2 = torch.tensor([(tensor.data_ptr(), tensor.nbytes) for tensor in tensors], device=device)
-    return row_hashes(where_T2, rows.owner_R, rows.index_R, _column_weights(device))
+    device = layout.owner_R.device
+    addresses = array("q", [number for tensor in tensors for number in (tensor.data_ptr(), tensor.nbytes)])
+    where_T2 = torch.frombuffer(addresses, dtype=torch.int64).view(-1, 2).to(device)  # many times faster than a list
+    return row_hashes(where_T2, layout.owner_R, layout.index_R, _column_weights(device))
 
 
 @lru_cache
@@ -127,7 +132,7 @@ def _has_kernel(device: torch.device) -> bool:
 
 def _aligned(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor, or a copy of it, with its values in order and beginning at a whole word of the memory."""
-    whole = tensor.detach().contiguous()
+    whole = tensor.contiguous()
     at_word = whole.data_ptr() % 8 == 0 and whole.storage_offset() * whole.itemsize % 8 == 0
     return whole if at_word else whole.clone()
 
