@@ -15,7 +15,7 @@ class DraftConfig:
 
     train: bool = True  # false: the same as train_when = "never"
     train_when: str = "always"  # always | never | pays: in the steps, and on the tokens, that win more than they cost
-    burst: int = 8  # with pays: after a fall of acceptance, at most so many times the optimizer steps of a rollout
+    burst: int = 8  # with pays: after a fall of acceptance or while it rises, at most so many times updates_per_step
     schedule: str = ""  # with pays: the draft_schedule.jsonl of an earlier run, whose decisions are taken again
     aux_layer_ids: tuple[int, ...] = ()  # () = three distinct layers: second, middle, fourth from the top
     draft_vocab_size: int = 0  # 0 = the target's whole vocabulary (needed for the rejection rule in SGLang)

@@ -131,6 +131,7 @@ class DraftPacer:
             plain_s=None if cost is None else draft_ledger.plain_seconds(fast, cost),
             # At the depths that were drafted: a controller drafts less than the full depth where that is too dear.
             verify_cost=None if cost is None else cost * length / spec.accept_length,
+            longest=self._config.rollout.speculative_num_steps + 1.0,
             max_burst=self._config.draft.burst,
             can_stop=self._config.rollout.controller == "adaptive" and self._config.rollout.engine == "torch",
         )

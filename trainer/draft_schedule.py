@@ -18,6 +18,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from itertools import accumulate
 from typing import Any
 
 from rollout_engine.types import SpecStats
@@ -26,8 +27,10 @@ MIN_VERIFIES = 32  # fewer say nothing of a rollout's acceptance
 CLUSTERING = 1.5  # verify steps of one text are alike: their mean scatters this much more than independent ones'
 WINDOW = 24  # steps that the line is fitted to, at most
 MIN_REFERENCE = 3  # fewer are no line to fall below
-MIN_CLIMB = 5  # steps of training before their rise is believed,
-MAX_CLIMB = 8  # and the latest that it is taken from
+MIN_RISE = 2  # steps of training before its rise is believed,
+MIN_CLIMB = 5  # those before it may be found to be over,
+MAX_CLIMB = 8  # and the latest that it is taken from;
+LATE = 3  # rollouts that tell whether it goes on just now
 RECOVERY = 4  # of those after a fall, and the latest that its rise is taken from
 PATIENCE = 20  # of a draft that began with random weights, while its acceptance has not risen at all
 RISEN = 3.0  # times the noise: acceptance that is so much above where it began has risen
@@ -85,7 +88,8 @@ class Money:
     plain_s: float | None  # the same rollout without speculation
     verify_cost: float | None  # accept length below which drafting loses
     can_stop: bool  # the engine drafts nothing where drafting loses
-    max_burst: int = 1  # budgets that a step may train on after a fall
+    max_burst: int = 1  # budgets that a step may train on where that pays
+    longest: float = math.inf  # accept length that no draft exceeds
 
     @property
     def is_losing(self) -> bool:
@@ -108,13 +112,14 @@ class Phase(StrEnum):
 @dataclass(frozen=True, slots=True)
 class State:
     """What is remembered from step to step. `reference` is what the line is fitted to; `climb` are the steps of
-    training since it last began, none while the draft rests."""
+    training since it last began, none while the draft rests, and `budgets` what each of them trained on."""
 
     slope_prior: float = 0.0  # tokens per nat, at most 0
     patience: int = MIN_CLIMB
     phase: Phase = Phase.LEARNING
     reference: tuple[Seen, ...] = ()
     climb: tuple[Seen, ...] = ()
+    budgets: tuple[float, ...] = ()
     share: float = 0.0  # of the tokens, between falls
     need: float = 0.0  # what the last cycle of rest and recovery came to, as a share
     rested: int = 0  # steps since the last fall, or since the learning ended
@@ -124,7 +129,8 @@ class State:
 
 @dataclass(frozen=True, slots=True)
 class Judgement:
-    """A rollout beside the line. `rise` is the gain of accept length per step of the latest training."""
+    """A rollout beside the line. `rise` is the gain of accept length per budget of the training so far, `late_rise`
+    that of its last two steps: a burst that has taken the draft to its plateau is seen there first."""
 
     seen: Seen | None
     expected: float | None = None  # accept length at this entropy; None without a line
@@ -132,6 +138,7 @@ class Judgement:
     z: float = 0.0
     fall: float = 0.0
     rise: float = 0.0
+    late_rise: float = 0.0
     has_risen: bool = False  # since the training began
 
     @property
@@ -170,16 +177,16 @@ def judge(state: State, seen: Seen | None) -> Judgement:
     if seen is None:
         return Judgement(None, fall=state.fall)
     slope, noise = fit(state, seen.standard_error)
-    latest = RECOVERY if state.phase is Phase.RECOVERING else MAX_CLIMB
-    rise = rise_per_step([*state.climb, seen][-latest:], slope)
+    spans = (RECOVERY if state.phase is Phase.RECOVERING else MAX_CLIMB, LATE)
+    rise, late_rise = (rise_per_budget([*state.climb, seen][-n:], state.budgets[1 - n :], slope) for n in spans)
     has_risen = bool(state.climb) and seen.accept_length - state.climb[0].accept_length > RISEN * noise
     if len(state.reference) < MIN_REFERENCE:
-        return Judgement(seen, rise=rise, has_risen=has_risen)
+        return Judgement(seen, rise=rise, late_rise=late_rise, has_risen=has_risen)
     expected = _mean([p.accept_length for p in state.reference])
     expected += slope * (seen.entropy - _mean([p.entropy for p in state.reference]))
     residual = seen.accept_length - expected
     fall = max(0.0, state.fall - residual / noise - SLACK) if state.phase is Phase.RESTING else 0.0
-    return Judgement(seen, expected, residual, residual / noise, fall, rise, has_risen)
+    return Judgement(seen, expected, residual, residual / noise, fall, rise, late_rise, has_risen)
 
 
 def fit(state: State, standard_error: float) -> tuple[float, float]:
@@ -202,11 +209,11 @@ def fit(state: State, standard_error: float) -> tuple[float, float]:
     return slope, math.sqrt((PRIOR_STEPS * prior * prior + scatter) / (PRIOR_STEPS + len(points) - 1))
 
 
-def rise_per_step(climb: Sequence[Seen], slope: float) -> float:
-    """Accept length gained per step, entropy taken out: the slope of a line fitted over the steps."""
+def rise_per_budget(climb: Sequence[Seen], budgets: Sequence[float], slope: float) -> float:
+    """Accept length gained per budget, entropy taken out: the slope of a line over the budgets trained on between."""
     if len(climb) < 2:
         return 0.0
-    t = _centred(list(range(len(climb))))
+    t = _centred([*accumulate(budgets, initial=0.0)])
     y = _centred([p.accept_length - slope * p.entropy for p in climb])
     return sum(a * b for a, b in zip(t, y, strict=True)) / sum(a * a for a in t)
 
@@ -216,18 +223,19 @@ def decide(state: State, judgement: Judgement, money: Money) -> Decision:
     seen = judgement.seen
     if seen is None:  # the engine drafted nothing, and no forecast says what it would have accepted
         return Decision(1.0, Reason.START) if state.phase is Phase.LEARNING else _quiet(state, judgement, money)
+    told = state.phase is Phase.RECOVERING or len(state.climb) >= MIN_RISE
+    burst = _climbing_burst(judgement, money) if told else 0.0
     if state.phase is Phase.LEARNING:
         patience = MIN_CLIMB if judgement.has_risen else state.patience
         if len(state.climb) < patience - 1:
-            return Decision(1.0, Reason.START)
-        return Decision(1.0, Reason.RISING) if _rise_pays(judgement, money) else _quiet(state, judgement, money)
+            return Decision(max(1.0, burst), Reason.START)
+        return Decision(burst, Reason.RISING) if burst else _quiet(state, judgement, money)
     if state.phase is Phase.RESTING:
-        burst = _burst(judgement, money) if judgement.has_fallen else 0.0
+        burst = _returning_burst(judgement, money) if judgement.has_fallen else 0.0
         return Decision(burst, Reason.DROP) if burst else _quiet(state, judgement, money)
-    is_early = not judgement.is_back and len(state.climb) < RECOVERY
-    goes_on = money.steps_left and (is_early or _rise_pays(judgement, money))
-    share = 1.0 if judgement.is_back else max(1.0, _burst(judgement, money))
-    return Decision(share, Reason.RECOVER) if goes_on else _quiet(state, judgement, money)
+    if not judgement.is_back and len(state.climb) < RECOVERY:  # later, only a rise says that it may come back
+        burst = max(burst, 1.0, _returning_burst(judgement, money) if len(state.climb) < MIN_RISE else 0.0)
+    return Decision(burst, Reason.RECOVER) if burst and money.steps_left else _quiet(state, judgement, money)
 
 
 def _quiet(state: State, judgement: Judgement, money: Money) -> Decision:
@@ -242,18 +250,35 @@ def _rise_pays(judgement: Judgement, money: Money) -> bool:
 
     The rise is taken as it is, not at its best: where noise hides it, going on would be training always.
     """
-    assert judgement.seen is not None
     steps, lasting = min(AHEAD, money.steps_left), min(LASTING, money.steps_left)
+    return _gain_s(judgement, money, judgement.rise, (0, steps)) * (lasting - steps / 2) > money.train_s * steps
+
+
+def _climbing_burst(judgement: Judgement, money: Money) -> float:
+    """Budgets to train on while acceptance rises: 1, doubled as long as the further ones pay too; 0 when none does."""
+    if not _rise_pays(judgement, money):
+        return 0.0
+    burst, lasting = 1, min(LASTING, money.steps_left)
+    rise = min(judgement.rise, judgement.late_rise)
+    while 2 * burst <= money.max_burst and (
+        _gain_s(judgement, money, rise, (burst, 2 * burst)) * lasting > money.train_s * burst
+    ):
+        burst *= 2
+    return float(burst)
+
+
+def _gain_s(judgement: Judgement, money: Money, rise: float, budgets: tuple[int, int]) -> float:
+    """Seconds that a rollout after the second number of budgets would save against one after the first."""
+    assert judgement.seen is not None
     now = judgement.seen.accept_length
-    gain_s = money.seconds_at(now) - money.seconds_at(now + max(0.0, judgement.rise) * steps)
-    return gain_s * (lasting - steps / 2) > money.train_s * steps
+    before_s, after_s = (money.seconds_at(max(now, min(money.longest, now + rise * n))) for n in budgets)
+    return before_s - after_s
 
 
-def _burst(judgement: Judgement, money: Money) -> float:
+def _returning_burst(judgement: Judgement, money: Money) -> float:
     """Budgets to train on so that acceptance returns to its line: the most of 1, 2, 4 .. of which two steps cost less
     than the return wins while it lasts; 0 when even one budget costs more."""
-    assert judgement.seen is not None
-    if judgement.expected is None:
+    if judgement.seen is None or judgement.expected is None:
         return 0.0
     lost_s = money.seconds_at(judgement.seen.accept_length) - money.seconds_at(judgement.expected)
     gain_s = lost_s * min(LASTING, money.steps_left)
@@ -300,6 +325,7 @@ def advance(state: State, judgement: Judgement, decision: Decision) -> State:
             phase=phase,
             reference=state.reference[:upright],
             climb=(*state.climb, seen)[-WINDOW:],
+            budgets=(*state.budgets, decision.share)[-WINDOW:],
             fall=0.0,
             falling=0,
         )
@@ -331,6 +357,7 @@ def as_dict(state: State) -> dict[str, Any]:
         "phase": state.phase.value,
         "reference": points(state.reference),
         "climb": points(state.climb),
+        "budgets": list(state.budgets),
         "share": state.share,
         "need": state.need,
         "rested": state.rested,
@@ -346,6 +373,7 @@ def from_dict(start: State, data: dict[str, Any]) -> State:
         phase=Phase(data["phase"]),
         reference=tuple(Seen(*point) for point in data["reference"]),
         climb=tuple(Seen(*point) for point in data["climb"]),
+        budgets=tuple(data["budgets"]),
         share=data["share"],
         need=data["need"],
         rested=data["rested"],
