@@ -216,6 +216,14 @@ def test_a_draft_that_loses_but_will_soon_win_goes_on_learning() -> None:
     assert schedule.decide(state, hopeless, replace(stopping, accept_length=1.4)).reason is Reason.LOSING
 
 
+def test_nothing_is_hoped_for_beyond_the_depth() -> None:
+    rising = Judgement(Seen(1.0, 2.95, NOISE), rise=0.2, late_rise=0.2, has_risen=True)
+    state = State(climb=(Seen(1.0, 2.0, NOISE),) * 6)
+    money = replace(CHEAP, accept_length=2.95, train_s=1.0)
+    assert schedule.decide(state, rising, money).reason is Reason.RISING
+    assert schedule.decide(state, rising, replace(money, longest=3.0)).reason is Reason.REST
+
+
 def test_seconds_follow_accept_length_down_to_plain_decoding() -> None:
     money = replace(LOSING, plain_s=8.0, verify_cost=1.6, rollout_s=8.0 * 1.6 / 1.3)
     assert money.seconds_at(1.3) == pytest.approx(money.rollout_s)
