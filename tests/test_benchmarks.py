@@ -40,7 +40,7 @@ def result_lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-@pytest.mark.parametrize("name", ["rollout", "sync", "draft", "step"])
+@pytest.mark.parametrize("name", ["rollout", "sync", "draft", "draft_schedule", "step"])
 def test_help(name: str, capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit) as exit_:
         importlib.import_module(f"benchmarks.{name}").main(["--help"])

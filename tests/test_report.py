@@ -173,6 +173,8 @@ def test_what_the_draft_saved_and_cost_is_summed_and_a_bound_is_called_one():
     bound = report_text.draft_account([line | {"draft_saved_time_basis": "bound"} for line in LINES[:3]])
     assert "at most 6.0 s" in bound and "cost more" not in bound
     assert "draft losing" in plain_line(LINES[5], 6)
+    worse = report_text.draft_account([line | {"draft_saved_time_s": -1.0} for line in LINES])
+    assert "Rollouts took 6.0 s longer than they would have without speculation" in worse
 
 
 def test_text_of_the_run_cannot_become_markup(tmp_path: Path):

@@ -230,8 +230,10 @@ def draft_account(lines: Lines) -> str:
     at_most = "at most " if "bound" in bases else ""
     whole = sum(sum(phase_seconds(line).values()) for line in lines)
     share = f", {sum(spent) / whole:.1%} of the run's time" if whole else ""
-    text = f"Speculation saved {at_most}{sum(saved):.1f} s of rollouts; the draft's updates and syncs took "
-    text += f"{sum(spent):.1f} s{share}."
+    text = f"Speculation saved {at_most}{sum(saved):.1f} s of rollouts"
+    if sum(saved) < 0:
+        text = f"Rollouts took {-sum(saved):.1f} s longer than they would have without speculation"
+    text += f"; the draft's updates and syncs took {sum(spent):.1f} s{share}."
     if at_most:
         text += (
             " What a step that verifies costs was not known in every step (plain_probe_interval measures it): there it "
