@@ -9,12 +9,16 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
+from draft_models.checkpoint import save_draft
+from draft_models.config import DraftConfig
+from draft_models.eagle3 import Eagle3, Eagle3Config
 from rollout_engine.types import EngineError
 from trainer import demo
 from trainer.cli import main
 from trainer.config import ConfigError
 from trainer.config_load import load_config
 from trainer.doctor import examine
+from trainer.hf_files import read_config
 from trainer.make_model import PRESETS, MakeModelConfig, Shape, make_model
 from trainer.tasks import TASKS
 
@@ -177,6 +181,19 @@ def test_generate_prints_a_text_for_every_sample(tiny_model, capsys):
     assert "4 samples" in first.err and "tokens/s" in first.err
     assert main([*arguments, "--prompt=sort b a", "--speculative-algorithm=NGRAM", "--rollout.controller=fixed"]) == 0
     assert "NGRAM:" in capsys.readouterr().err
+
+
+def test_generate_tells_what_history_drafted(tiny_model, tmp_path, capsys):
+    """Greedy siblings write the same; with one slot each finds the one before it whole."""
+    save_draft(Eagle3(Eagle3Config.from_target(read_config(tiny_model), DraftConfig())), tmp_path / "draft")
+    arguments = f"generate --policy={tiny_model} --draft={tmp_path / 'draft'} --rollout-temperature=0 --prompt=sort"
+    arguments += " --n-samples-per-prompt=4 --max-running-requests=1 --rollout.controller=fixed"
+    assert main([*arguments.split(), "--speculation.history"]) == 0
+    assert re.search(r"; history drafted [1-9]\d*% of the verify steps, \d\.\d\d tokens each", capsys.readouterr().err)
+    assert main(arguments.split()) == 0
+    assert "EAGLE3:" in (said := capsys.readouterr().err) and "history" not in said
+    assert main([*arguments.split(), "--speculation.history", "--speculative-algorithm=NONE"]) == 2
+    assert "history drafts stand beside EAGLE3's" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("recipe", sorted(ROOT.glob("recipes/*.toml")), ids=lambda path: path.name)
