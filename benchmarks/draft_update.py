@@ -41,8 +41,9 @@ _PHASES = {
     "optimizer": "_take_step",
 }
 # Reads and writes of one float32 logit of the draft in a training step: cast 6, log_softmax 12, KL 16, argmax 4,
-# exp 8, overlap 16, gradient 12, weight 8, cast 6, two products' reads 4; the rejection rule's posterior 24.
-_BYTES_PER_LOGIT = 116
+# exp 8, overlap 16, LK's gradient 51 (forward KL's 12), weight 8, cast 6, two products' reads 4; the rejection rule's
+# posterior 24.
+_BYTES_PER_LOGIT = 155
 _BYTES_PER_TARGET_LOGIT = 90
 
 

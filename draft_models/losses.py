@@ -182,18 +182,20 @@ def _reverse_kl(found: Comparison, target: SoftTarget) -> tuple[Tensor, Tensor]:
 
 
 def _total_variation(found: Comparison, target: SoftTarget) -> tuple[Tensor, Tensor]:
-    gains = found.q * (found.q < target.accept_ND)  # where a larger q is a larger overlap
-    return 1 - found.overlap, found.q.mul_(gains.sum(-1, keepdim=True)).sub_(gains)
+    rises = found.q < target.accept_ND  # where a larger q is a larger overlap
+    share = (found.q * rises).sum(-1, keepdim=True)
+    return 1 - found.overlap, found.q.mul_(torch.where(rises, share - 1, share))
 
 
 def _lk(found: Comparison, target: SoftTarget) -> tuple[Tensor, Tensor]:
     """The weight is each row's own and is not differentiated."""
     kl_weight = torch.exp(-_LK_RATE * found.overlap)
     loss = torch.lerp(1 - found.overlap, found.kl, kl_weight)
-    kl_weight = kl_weight[..., None]
-    gains = found.q * (found.q < target.accept_ND)
-    of_q = torch.lerp(gains.sum(-1, keepdim=True), torch.ones_like(kl_weight), kl_weight)
-    return loss, found.q.mul_(of_q).sub_(gains.mul_(1 - kl_weight)).sub_(kl_weight * target.learn_ND)
+    kl_weight, tv_weight = kl_weight[..., None], 1 - kl_weight[..., None]
+    rises = found.q < target.accept_ND
+    of_q = kl_weight + tv_weight * (found.q * rises).sum(-1, keepdim=True)
+    gradient = found.q.mul_(torch.where(rises, of_q - tv_weight, of_q))
+    return loss, gradient.addcmul_(target.learn_ND, kl_weight, value=-1)
 
 
 def _cross_entropy(found: Comparison, target: SoftTarget) -> tuple[Tensor, Tensor]:

@@ -227,7 +227,10 @@ class DraftLearner:
 
     def _global_count(self, batches: Sequence[DraftBatch]) -> int:
         """Chains of the whole group."""
-        count = torch.tensor(sum(sum(batch.num_chains) for batch in batches), device=self._device)
+        mine = sum(sum(batch.num_chains) for batch in batches)
+        if self._group is None or self._group.size() == 1:
+            return mine  # nothing to wait for
+        count = torch.tensor(mine, device=self._device)
         all_reduce(count, self._group)
         return int(count)
 
