@@ -156,7 +156,7 @@ def test_a_burst_ends_when_acceptance_is_back() -> None:
     world.level -= 0.8
     world.speed = 0.15
     shares = [decision.share for decision in world.run(20)]
-    assert shares[:2] == [4.0, 4.0] and set(shares[8:]) == {0.0}
+    assert shares[:2] == [4.0, 4.0] and set(shares[10:]) == {0.0}
 
 
 def test_a_level_that_cannot_be_regained_becomes_the_new_one() -> None:

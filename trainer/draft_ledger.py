@@ -39,28 +39,29 @@ class Basis(StrEnum):
 class Ledger:
     """The account of a run up to now. Seconds of the learner's phase are kept apart by what it did."""
 
-    trained_s: tuple[float, ...] = ()  # a whole token budget
-    scored_s: tuple[float, ...] = ()  # no training
+    trained: tuple[tuple[float, float], ...] = ()  # (seconds, budgets) of steps that trained on one or more
+    scored_s: tuple[float, ...] = ()  # of steps without training
     probed_cost: float | None = None  # of a step that verifies, in plain ones, at the last probe
     saved_s: float = 0.0
     spent_s: float = 0.0
 
     @property
     def train_s(self) -> float:
-        """What training on a whole budget adds to a step; 0 before it was ever timed."""
+        """What training on one budget adds to a step; 0 before it was ever timed."""
         scored_s = statistics.median(self.scored_s) if self.scored_s else 0.0
-        return max(0.0, statistics.median(self.trained_s) - scored_s) if self.trained_s else 0.0
+        budgets = [max(0.0, seconds - scored_s) / budgets for seconds, budgets in self.trained]
+        return statistics.median(budgets) if budgets else 0.0
 
 
 def from_dict(data: Mapping[str, Any]) -> Ledger:
     """What `asdict` and JSON made of one."""
-    return Ledger(**{**data, "trained_s": tuple(data["trained_s"]), "scored_s": tuple(data["scored_s"])})
+    return Ledger(**{**data, "trained": tuple(map(tuple, data["trained"])), "scored_s": tuple(data["scored_s"])})
 
 
 def with_draft_time(ledger: Ledger, seconds: float, decision: Decision) -> Ledger:
     """After a step whose learner worked for so long; training on a part of the budget says little of the whole."""
-    if decision.share == 1.0:
-        return replace(ledger, trained_s=(*ledger.trained_s, seconds)[-KEPT:])
+    if decision.share >= 1.0:
+        return replace(ledger, trained=(*ledger.trained, (seconds, decision.share))[-KEPT:])
     if decision.share == 0.0 and decision.reason is not Reason.NO_SAMPLES:
         return replace(ledger, scored_s=(*ledger.scored_s, seconds)[-KEPT:])
     return ledger

@@ -37,8 +37,8 @@ RISEN = 3.0  # times the noise: acceptance that is so much above where it began 
 PRIOR_STEPS = 4  # steps that the noise to expect beforehand counts for
 MAX_SLOPE = 3.0  # tokens per nat: the literature's steepest is 1.7
 SLACK, ALARM = 0.5, 4.0  # of the cumulative sum, in units of the noise
-AHEAD = 8  # steps for which a rise is carried on,
-LASTING = 16  # and those for which what was learned is taken to last
+AHEAD = 8  # budgets for which a rise is carried on
+LASTING = 16  # steps for which what was learned is taken to last
 MIN_SHARE = 1 / 8  # of a step's tokens: less is not worth an optimizer step
 CALM_STEPS = 12  # without a fall before the share is halved
 
@@ -81,7 +81,7 @@ class Money:
     """What a step's seconds say about training. `plain_s` and `verify_cost` are None when they are not known."""
 
     rollout_s: float
-    train_s: float  # of a training on the whole budget, beyond mere scoring
+    train_s: float  # of a training on one budget, beyond mere scoring
     steps_left: int  # rollouts that will still be made
     accept_length: float  # at the full depth, at which the rollout took so long
     verified: float  # share of its forwards that verified drafts
@@ -246,12 +246,13 @@ def _quiet(state: State, judgement: Judgement, money: Money) -> Decision:
 
 
 def _rise_pays(judgement: Judgement, money: Money) -> bool:
-    """Whether going on for some steps would win more than it costs: half of the gain while it rises, then all of it.
+    """Whether further budgets would win more than they cost: half of the gain while it rises, then all of it.
 
     The rise is taken as it is, not at its best: where noise hides it, going on would be training always.
     """
-    steps, lasting = min(AHEAD, money.steps_left), min(LASTING, money.steps_left)
-    return _gain_s(judgement, money, judgement.rise, (0, steps)) * (lasting - steps / 2) > money.train_s * steps
+    budgets, lasting = min(AHEAD, money.max_burst * money.steps_left), min(LASTING, money.steps_left)
+    gain_s = _gain_s(judgement, money, judgement.rise, (0, budgets))
+    return gain_s * (lasting - budgets / money.max_burst / 2) > money.train_s * budgets
 
 
 def _climbing_burst(judgement: Judgement, money: Money) -> float:
