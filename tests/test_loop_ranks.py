@@ -57,7 +57,7 @@ def check_layouts(config: RunConfig, reference: Path, layouts: list[dict]) -> No
 )
 def test_ranks_take_one_ranks_step(tmp_path: Path, world: int, layouts: list[dict]) -> None:
     model = helpers.make_tiny_model(tmp_path / "tiny")
-    config = helpers.tiny_config(model, tmp_path / "runs", "one", save_interval=0)
+    config = helpers.tiny_config(model, tmp_path / "runs", "one", save_interval=0, draft__train_when="pays")
     config = replace(config, policy=replace(config.policy, max_tokens_per_gpu=64))
     torch.save(one_step(config), tmp_path / "reference.pt")
     torch.use_deterministic_algorithms(False)
