@@ -183,14 +183,17 @@ def test_coupled_acceptance_is_that_of_the_verifier(ids: Tensor | None) -> None:
         assert abs(share - chance[row]) < 4.5 * float(chance[row] * (1 - chance[row]) / count) ** 0.5
 
 
-def test_coupled_acceptance_equals_the_plain_double_sum() -> None:
+@pytest.mark.parametrize("elements", [1, 3 * VOCAB, 1 << 24])
+def test_coupled_acceptance_equals_the_plain_double_sum(monkeypatch: pytest.MonkeyPatch, elements: int) -> None:
+    monkeypatch.setattr(losses, "_SORTED_ELEMENTS", elements)
     p, q, target, found = laws(None)
     expected = torch.zeros(ROWS, dtype=torch.float64)
     for x in range(VOCAB):
         ratios = torch.maximum(p / p[:, x, None], q / q[:, x, None])
         expected += 1 / ratios.sum(-1)
     chance = losses.acceptance(VerifyRule.COUPLED, found, target)
-    torch.testing.assert_close(chance, expected)
+    torch.testing.assert_close(chance, expected, atol=1e-13, rtol=1e-13)
+    assert losses.coupled_acceptance(p, q.expand(2, ROWS, VOCAB)).shape == (2, ROWS)
     overlap = found.overlap
     assert (chance >= overlap / (2 - overlap)).all() and (chance <= overlap).all()  # its known bounds
 

@@ -11,6 +11,7 @@ import torch
 from draft_models import text_attention
 from draft_models.config import DraftConfig
 from draft_models.randomness import Purpose, gumbel, uniforms
+from draft_models.losses import LossKind
 from draft_models.training import draft_loss, make_batch
 from draft_models.types import DraftSample, VerifyRule
 from draft_models.verify import draw_noise, inverse_cdf, sample_draft, target_probs, verify
@@ -94,6 +95,23 @@ def test_training_is_that_of_the_cpu(rule: VerifyRule) -> None:
     torch.testing.assert_close(found.posterior_QK.cpu(), expected.posterior_QK, atol=1e-10, rtol=1e-10)
 
 
+@pytest.mark.parametrize("kind", list(LossKind))
+def test_losses_and_acceptances_are_those_of_the_cpu(kind: LossKind) -> None:
+    samples = [random_sample(length, 4, seed, dtype=torch.float64) for seed, length in enumerate((9, 14, 30))]
+    found = []
+    for device in ("cpu", "cuda"):
+        draft = small_draft(draft_vocab_size=11, dtype=torch.float64).to(device)
+        batch = make_batch(samples if device == "cpu" else on_gpu(samples))
+        assert batch is not None
+        result = draft_loss(draft, batch, 3, 0.8, VerifyRule.COUPLED, loss=kind)
+        result.loss_sum.backward()
+        gradients = [weight.grad.cpu() for weight in draft.parameters() if weight.grad is not None]
+        assert result.accept_K is not None
+        found.append([result.loss_sum.detach().cpu(), result.accept_K.cpu(), result.overlap_K.cpu(), *gradients])
+    for cpu, cuda in zip(*found, strict=True):
+        torch.testing.assert_close(cuda, cpu, atol=1e-10, rtol=1e-8)
+
+
 def long_samples(dtype: torch.dtype) -> list[DraftSample]:
     """Of lengths that are no multiple of a kernel's tile, with chains from the first row and from the last only."""
     shapes = [(60, 1), (33, 32), (47, 13), (17, 4), (64, 5), (6, 5)]
@@ -129,26 +147,30 @@ def test_bfloat16_products_train_as_float32_does() -> None:
     assert torch.nn.functional.cosine_similarity(rough_grad, exact_grad, dim=0) > 0.99
 
 
-def test_a_step_waits_for_the_device_nowhere() -> None:
+@pytest.mark.parametrize("rule", [VerifyRule.REJECTION, VerifyRule.TARGET_ONLY])
+@pytest.mark.parametrize("kind", list(LossKind))
+def test_a_step_waits_for_the_device_nowhere(kind: LossKind, rule: VerifyRule) -> None:
     """From the batch to the gradients; the learner then reads its figures back once."""
     draft, samples = small_draft().cuda(), long_samples(torch.bfloat16)
     torch.cuda.set_sync_debug_mode("error")
     try:
         batch = make_batch(samples)
         assert batch is not None
-        loss = draft_loss(draft, batch, 3, 0.8, VerifyRule.REJECTION, product_dtype=torch.bfloat16)
+        loss = draft_loss(draft, batch, 3, 0.8, rule, loss=kind, product_dtype=torch.bfloat16)
         (loss.loss_sum / loss.token_count).backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_deterministic_training_repeats_bit_for_bit(deterministic: None) -> None:
+@pytest.mark.parametrize("rule", [VerifyRule.REJECTION, VerifyRule.COUPLED])
+@pytest.mark.parametrize("kind", list(LossKind))
+def test_deterministic_training_repeats_bit_for_bit(deterministic: None, kind: LossKind, rule: VerifyRule) -> None:
     weights = []
     for _ in range(2):
-        config = DraftConfig(compute_dtype="bfloat16")
-        learner = DraftLearner(small_draft().cuda(), config, DraftSettings(VerifyRule.REJECTION, 3))
+        config = DraftConfig(compute_dtype="bfloat16", loss=kind, ema=0.9)
+        learner = DraftLearner(small_draft().cuda(), config, DraftSettings(rule, 3))
         samples = long_samples(torch.bfloat16)
         for _ in range(3):
             learner.update(samples, [frozenset((s.prompt_id, s.sample_id) for s in samples)])
-        weights.append(torch.cat([p.detach().flatten() for p in learner.draft.parameters()]))
+        weights.append(torch.cat([p.detach().flatten() for p in learner.served.parameters()]))
     assert torch.equal(*weights)
