@@ -10,8 +10,8 @@ import torch
 
 from draft_models import text_attention
 from draft_models.config import DraftConfig
-from draft_models.randomness import Purpose, gumbel, uniforms
 from draft_models.losses import LossKind
+from draft_models.randomness import Purpose, gumbel, uniforms
 from draft_models.training import draft_loss, make_batch
 from draft_models.types import DraftSample, VerifyRule
 from draft_models.verify import draw_noise, inverse_cdf, sample_draft, target_probs, verify
