@@ -8,6 +8,9 @@ drafts, the first, the later ones), in direction and in strength, and their capi
 may break at any time, capital enters at every look: the k-th gets the share 1/(k (k + 1)), the shares of all looks
 together being 1 (a mixture over change points; Shin, Ramdas, Rinaldo 2023).
 
+Which texts are looked at may depend on what they say, and not on how they were decoded: those that finished first, say,
+accepted more than they should have.
+
 Rounding is no fault: a sound engine may accept with any chance within `min_effect` of the forecast, at every place as
 is worst for the bet. E[.] is the greatest that this allows, which a backward recursion finds exactly.
 
