@@ -16,7 +16,7 @@ from rollout_engine.types import FinishReason, RolloutEngine, RolloutRequest, Sa
 from sync.atomic import write_file
 from trainer.finetune_data import TextRow, dump_row, parse_dumped
 
-GROUP = 256  # requests whose answers are written at once
+GROUP = 512  # requests whose answers are written at once
 
 
 def make_requests(rows: Sequence[TextRow], rollout: RolloutConfig, num_samples: int, seed: int) -> list[RolloutRequest]:
