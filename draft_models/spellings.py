@@ -201,7 +201,7 @@ def _speculators_config(config: Mapping[str, Any], target: Target) -> dict[str, 
         "draft_vocab_size": config["draft_vocab_size"],
         "target_hidden_size": None,  # the draft's own
         "eagle_aux_hidden_state_layer_ids": [k + 1 for k in _own_layer_ids(config)],
-        **dict.fromkeys(_PLAIN_SPECULATORS, False),
+        "norm_before_residual": False,  # written out, because vLLM takes its absence for true
         "tie_word_embeddings": False,
         "dtype": config["dtype"],
         "torch_dtype": config["torch_dtype"],
