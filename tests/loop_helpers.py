@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from draft_models.config import DraftConfig
 from rollout_engine.config import RolloutConfig
+from sync.receiver import Bundle, WeightReceiver
 from tests.crash_helpers import die_at
 from trainer import make_model
 from trainer.config import AlgorithmConfig, DataConfig, PolicyConfig, RunConfig
@@ -117,3 +118,10 @@ def assert_same_run(a: Path, b: Path) -> None:
     assert metrics(a) == metrics(b)
     assert_same_tensors(weights(a, "policy"), weights(b, "policy"))
     assert_same_tensors(weights(a, "draft"), weights(b, "draft"))
+
+
+def keep_the_first_draft(receiver: WeightReceiver, bundle: Bundle) -> None:
+    """In the place of `WeightReceiver._copy_all`: every policy arrives, and of the drafts only that of version 0."""
+    for name, destination in receiver.destinations.items():
+        if name.startswith("policy.") or bundle.version == 0:
+            destination.copy_(bundle.tensors[name])

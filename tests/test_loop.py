@@ -93,13 +93,7 @@ def test_forecast_equals_what_the_engine_shows(config: Config) -> None:
 
 def test_forecast_sees_a_draft_that_was_not_synced(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     """Negative control: an engine left with an old draft no longer shows what the learner expects."""
-    copy = WeightReceiver._copy
-
-    def keep_old_draft(self: WeightReceiver, name, destination, bundle) -> None:
-        if name.startswith("policy.") or bundle.version == 0:
-            copy(self, name, destination, bundle)
-
-    monkeypatch.setattr(WeightReceiver, "_copy", keep_old_draft)
+    monkeypatch.setattr(WeightReceiver, "_copy_all", helpers.keep_the_first_draft)
     monkeypatch.setattr(WeightReceiver, "_verify_written", lambda *_: None)
     changes = {"draft__lr": 3e-2, "data__rollout_batch_size": 6, "speculation__sentinel": False}
     folder = helpers.run(config("stale", num_rollout=8, rollout__verify_rule="coupled", **changes))

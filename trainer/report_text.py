@@ -140,12 +140,29 @@ def forecast(lines: Lines) -> str:
     """How far the learner's expectation was from what the engine showed, at worst."""
     both = [line for line in lines if "accept_length" in line and "expected_accept_length" in line]
     if not both:
-        return "The learner's expectation was not recorded in this run."
+        return "The learner's expectation was not recorded in this run." + sentinel(lines)
     worst = max(both, key=lambda line: abs(line["accept_length"] - line["expected_accept_length"]))
     gap = abs(worst["accept_length"] - worst["expected_accept_length"])
     return (
         f"The largest gap between expected and observed accept length was {gap:.2f}, at step {worst['step']} "
         f"({worst['expected_accept_length']:.2f} expected, {worst['accept_length']:.2f} observed)."
+    ) + sentinel(lines)
+
+
+def sentinel(lines: Lines) -> str:
+    """Whether the engine drafted and accepted as draft and policy should; '' where nothing watched it."""
+    looks = [line for line in lines if "sentinel_evidence" in line]
+    if not looks:
+        return ""
+    alarms = [line["sentinel_alarm"] for line in looks if "sentinel_alarm" in line]
+    if alarms:
+        stopped = any("speculation_stopped" in line for line in lines)
+        return f" {'Speculation was stopped' if stopped else 'An alarm was raised'}: {alarms[0]}."
+    steps = sum(line["sentinel_verify_steps"] for line in looks)
+    nearest = max(line["sentinel_evidence"] for line in looks)
+    return (
+        f" The sentinel held {steps} verify steps against their own forecasts and raised no alarm (its evidence never "
+        f"passed {nearest:.1f} nats)."
     )
 
 
