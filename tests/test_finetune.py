@@ -34,7 +34,7 @@ from trainer.config import ConfigError
 from trainer.draft_learner import DraftLearner
 from trainer.finetune import FinetuneError, _split, finetune
 from trainer.finetune_answers import as_samples, make_requests, read_answers
-from trainer.finetune_config import FinetuneConfig
+from trainer.finetune_config import FinetuneConfig, warnings_of
 from trainer.finetune_inputs import draft_settings, new_draft, read_inputs
 from trainer.finetune_progress import LENGTH
 from trainer.finetune_score import HeldOut, ReadCost, why_worthless
@@ -432,3 +432,9 @@ def test_the_learning_rate_warms_up_and_decays(config: Config) -> None:
     assert rates[4:] == sorted(rates[4:], reverse=True) and 0 < rates[-1] < 0.02
     constant = config(warmup_steps=0, lr_decay="constant")
     assert {lr_factor(constant, step, 20) for step in range(20)} == {1.0}
+
+
+def test_a_filtered_law_is_warned_of(config: Config) -> None:
+    assert warnings_of(config()) == []
+    (line,) = warnings_of(config("--rollout-top-p=0.9", "--rollout-top-k=20"))
+    assert line.startswith("rollout.top_p = 0.9 and top_k = 20: ") and "\n" not in line

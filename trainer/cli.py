@@ -203,11 +203,14 @@ def _add_finetune_draft(commands, name: str) -> None:
 
 def _finetune_draft(namespace: argparse.Namespace, rest: list[str]) -> int:
     from trainer.config_load import parse_flags
-    from trainer.finetune_config import make_config, own_fields
+    from trainer.finetune_config import make_config, own_fields, warnings_of
 
     positional, overrides = parse_flags(rest)
     _no_more(positional, ())
     config = make_config({item.name: getattr(namespace, item.name) for item in own_fields()}, overrides)
+    if os.environ.get("RANK", "0") == "0":
+        for warning in warnings_of(config):
+            print(f"slipstream: warning: {warning}", file=sys.stderr)
     distributed = import_module("torch.distributed")
     was_there = distributed.is_initialized()
     status = import_module("trainer.finetune").finetune(config)

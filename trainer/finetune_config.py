@@ -18,7 +18,7 @@ _SHARED = ("draft.", "rollout.", "external_engine_addrs", "seed", "deterministic
 _SHARED_DATA = ("data.input_key", "data.apply_chat_template", "data.n_samples_per_prompt", "data.skip_bad_rows")
 _ONLINE = (
     *("draft.train", "draft.train_when", "draft.burst", "draft.schedule", "draft.token_weighting"),
-    *("draft.updates_per_step", "draft.capture_max_bytes"),
+    *("draft.verify_cost", "draft.updates_per_step", "draft.capture_max_bytes"),
 )
 _DRAFTS_TWICE = "rollout.speculative_draft_model_path"
 _OF_A_SYNC = ("rollout.offload", "rollout.sync_")
@@ -89,6 +89,21 @@ def make_config(own: dict[str, Any], overrides: Sequence[Override]) -> FinetuneC
     return config
 
 
+def warnings_of(config: FinetuneConfig) -> list[str]:
+    """One line each: what is done and may not be what was meant."""
+    from trainer.config_check import check_rollout  # loads torch, which help does without
+
+    rollout, warnings = config.run.rollout, check_rollout(config.run.rollout, config.run.deterministic)
+    pairs = (("top_p", rollout.top_p, 1.0), ("top_k", rollout.top_k, 0))
+    filters = [f"{name} = {value}" for name, value, off in pairs if value != off]
+    if filters:
+        warnings.append(
+            f"rollout.{' and '.join(filters)}: answers follow the filtered law, but the draft is trained and judged on "
+            "the whole one"
+        )
+    return warnings
+
+
 def shared_config(overrides: Sequence[Override] = ()) -> RunConfig:
     """Settings shared with train; of two the defaults are others here: one answer a prompt, by plain decoding, since
     the draft that is to come cannot help yet."""
@@ -116,7 +131,7 @@ def _refuse_foreign(override: Override) -> None:
 
 
 def _check(config: FinetuneConfig) -> None:
-    from trainer.config_check import check_draft_training, check_rollout  # loads torch, which help does without
+    from trainer.config_check import check_draft_training, check_rollout  # as above
 
     for name in ("target", "out"):
         if not getattr(config, name):
