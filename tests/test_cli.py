@@ -141,6 +141,8 @@ def test_dry_run_checks_prints_and_writes_nothing(tiny_model, tmp_path, monkeypa
     out = capsys.readouterr().out
     assert "num_rollout = 3" in out and "6 rows of model/train.jsonl" in out and "nothing written" in out
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    assert "history beside it" not in out and main([*arguments, "--speculation.history"]) == 0
+    assert "adaptive depth, history beside it" in capsys.readouterr().out
     (tmp_path / "model" / "train.jsonl").write_text('{"prompt": "a", "label": "b"}\nnope\n')
     assert main(arguments) == 2
     assert "train.jsonl line 2: not JSON" in capsys.readouterr().err
