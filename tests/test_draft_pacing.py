@@ -113,11 +113,13 @@ def settle(pacer: DraftPacer, decision: Decision, seconds: float, forecast: floa
     return pacer.settle(decision, seconds, SyncReport(1, 2, 400, 8.0), plan, forecast)
 
 
-def test_what_is_saved_is_a_bound_until_the_engine_has_a_table(tmp_path: Path) -> None:
+def test_what_is_saved_is_a_bound_until_a_cost_is_given_or_the_engine_has_a_table(tmp_path: Path) -> None:
     rollout = Rollout(generated(10.0, 300, SPEC), None)
     _, found = pacer(tmp_path).decide(0, rollout, 1.0, engine())
     assert (found["draft_saved_time_s"], found["draft_saved_time_basis"]) == (pytest.approx(5.0), "bound")
-    _, found = pacer(tmp_path).decide(0, rollout, 1.0, engine(state=TABLE))
+    _, found = pacer(tmp_path, draft__verify_cost=2.0).decide(0, rollout, 1.0, engine())
+    assert (found["draft_saved_time_s"], found["draft_saved_time_basis"]) == (pytest.approx(0.0), "given")
+    _, found = pacer(tmp_path, draft__verify_cost=2.0).decide(0, rollout, 1.0, engine(state=TABLE))
     assert found["draft_saved_time_basis"] == "table"
     assert found["draft_saved_time_s"] == pytest.approx(10.0 * 1.5 / 1.3 - 10.0)
 

@@ -80,6 +80,7 @@ _AT_LEAST_ZERO = (
     "draft.weight_decay",
     "draft.clip_grad",
     "draft.draft_vocab_size",
+    "draft.verify_cost",
     "draft.max_tokens_per_forward",
     "draft.intermediate_size",
     "data.num_eval_prompts",

@@ -5,8 +5,9 @@ relative to a plain one:
 
     plain / speculative = tokens per forward / (1 + share of forwards that verify * (cost - 1))
 
-The cost is measured by a plain probe of the same prompts, or stands in the engine's table of step costs. Where there is
-neither, a cost of 1 gives the most that can have been saved. Prefill counts as decoding, which favours neither.
+The cost is measured by a plain probe of the same prompts, or stands in the engine's table of step costs, or is given.
+Where there is none, a cost of 1 gives the most that can have been saved. Prefill counts as decoding, which favours
+neither.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ class Basis(StrEnum):
 
     PROBE = "probe"
     TABLE = "table"
+    GIVEN = "given"  # draft.verify_cost
     BOUND = "bound"  # not known: what is saved is an upper bound
 
 

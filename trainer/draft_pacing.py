@@ -101,7 +101,10 @@ class DraftPacer:
         if self._ledger.probed_cost is not None:
             return self._ledger.probed_cost, Basis.PROBE
         cost = draft_ledger.table_cost(engine.state(), rollout.speculative)
-        return cost, Basis.BOUND if cost is None else Basis.TABLE
+        if cost is not None:
+            return cost, Basis.TABLE
+        given = self._config.draft.verify_cost
+        return (given, Basis.GIVEN) if given else (None, Basis.BOUND)
 
     def _note_saving(self, rollout: Rollout, cost: float | None, basis: Basis) -> dict[str, Any]:
         fast = rollout.speculative
