@@ -19,9 +19,7 @@ class DraftConfig:
     verify_cost: float = 0.0  # of a step that verifies, in plain ones; used where no probe and no cost table tells
     schedule: str = ""  # with pays: the draft_schedule.jsonl of an earlier run, whose decisions are taken again
     aux_layer_ids: tuple[int, ...] = ()  # () = three distinct layers: second, middle, fourth from the top
-    draft_vocab_size: int = (
-        0  # 0 = the whole vocabulary (SGLang's rejection rule needs it); else the policy's commonest
-    )
+    draft_vocab_size: int = 0  # 0 = all of it (SGLang's rejection rule needs that); else what the policy says most
     intermediate_size: int = 0  # 0 = the target's
     compute_dtype: str = "float32"  # of the training's matrix products; bfloat16 on a GPU. Weights stay float32
     loss: str = "auto"  # what suits rollout.verify_rule; or forward_kl, reverse_kl, tv, lk, cross_entropy, hard_label
