@@ -216,13 +216,14 @@ def _bounds(chance: Tensor, inside: Tensor, min_effect: float) -> tuple[Tensor, 
 def _log_norm(low_NK: Tensor, high_NK: Tensor, after_NCM: Tensor, exponent_CM: Tensor) -> Tensor:
     """log of the greatest E[exp(exponent(n) + after(n))] that chances between the bounds allow, [N, C]."""
     value_NC = after_NCM[..., -1] + exponent_CM[:, -1]
+    stands_2NK1 = torch.stack((low_NK, high_NK))[..., None]
+    log_2NK1, log_not_2NK1 = stands_2NK1.log(), (1 - stands_2NK1).log()
     for position in reversed(range(low_NK.shape[1])):
         rejected_NC = after_NCM[..., position] + exponent_CM[:, position]
-        values = [
-            torch.logaddexp(chance_N[:, None].log() + value_NC, (1 - chance_N)[:, None].log() + rejected_NC)
-            for chance_N in (low_NK[:, position], high_NK[:, position])
-        ]
-        value_NC = torch.maximum(*values)
+        wins_NC = value_NC > rejected_NC  # the greater chance of what is worth more is the greatest
+        log_NC = torch.where(wins_NC, log_2NK1[1, :, position], log_2NK1[0, :, position])
+        log_not_NC = torch.where(wins_NC, log_not_2NK1[1, :, position], log_not_2NK1[0, :, position])
+        value_NC = torch.logaddexp(log_NC + value_NC, log_not_NC + rejected_NC)
     return value_NC
 
 

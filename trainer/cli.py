@@ -21,6 +21,7 @@ _BENCHMARKS = (
         "draft",
         "draft_ablation",
         "draft_schedule",
+        "sentinel",
         "history",
         "step",
         "policy_update",

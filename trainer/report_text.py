@@ -151,7 +151,7 @@ def forecast(lines: Lines) -> str:
 
 def sentinel(lines: Lines) -> str:
     """Whether the engine drafted and accepted as draft and policy should; '' where nothing watched it."""
-    looks = [line for line in lines if "sentinel_evidence" in line]
+    looks = [line for line in lines if {"sentinel_evidence", "sentinel_verify_steps"} <= line.keys()]
     if not looks:
         return ""
     alarms = [line["sentinel_alarm"] for line in looks if "sentinel_alarm" in line]
