@@ -54,7 +54,9 @@ def test_a_stale_draft_stops_speculation_and_the_run_goes_on(
 
     first = config("resumed", num_rollout=step + 2)
     helpers.run(first)
+    capsys.readouterr()
     helpers.assert_same_run(folder, helpers.run(replace(first, num_rollout=5, resume=True)))
+    assert "speculation stays stopped" in capsys.readouterr().out
 
     again = replace(first, num_rollout=step + 3, resume=True, speculation=SpeculationConfig(sentinel=False))
     again = replace(again, name="mended")
