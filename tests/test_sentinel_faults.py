@@ -7,6 +7,7 @@ import copy
 import random
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,8 +18,10 @@ from draft_models.eagle3 import Eagle3
 from draft_models.sentinel import Look, Pattern, Sentinel
 from draft_models.training import accept_posteriors, make_batch
 from draft_models.types import DraftSample, VerifyRule
+from rollout_engine.config import RolloutConfig, SpeculationConfig
 from rollout_engine.decoder import Decoder
-from rollout_engine.types import RolloutRequest, Sample, SamplingParams
+from rollout_engine.torch_engine import TorchEngine
+from rollout_engine.types import RolloutRequest, Sample, SamplingParams, SpecStats
 from tests.rollout_engine_helpers import load_pair, make_engine, run_engine
 from tests.test_forecast_engine import captured
 from trainer.draft_forecast import DraftSettings, look_at_batch
@@ -187,6 +190,22 @@ def test_more_than_draft_and_policy_can_have_is_caught(pair: Pair) -> None:
     sentinel = Sentinel(ALPHA)
     assert steps_until_alarm(sentinel, served.looks(pair, VerifyRule.TARGET_ONLY, traced=True)) is not None
     assert sentinel.alarm is not None and sentinel.alarm.pattern is Pattern.HIGHER
+
+
+def test_drafts_from_older_texts_are_left_out(tmp_path: Path) -> None:
+    """The forecast knows nothing of a step that history drafted; those of the model are as forecast, to the count."""
+    decoder, draft = load_pair(tmp_path, torch.float64, vocab_size=16, num_hidden_layers=4)
+    history = SpeculationConfig(history=True, history_min_match=1, history_min_confidence=0.0)
+    settings = RolloutConfig(controller="fixed", verify_rule="coupled", max_running_requests=16)
+    engine = TorchEngine(decoder, settings, draft=draft, speculation=history)
+    for run in range(3):
+        samples = run_engine(engine, requests(6, 8, run=run, temperature=0.5))
+    spec = sum((sample.spec for sample in samples.values()), SpecStats())
+    batch = make_batch([captured((decoder, draft), sample) for sample in samples.values()])
+    assert batch is not None and spec.history is not None
+    look = look_at_batch(accept_posteriors(draft, batch, DEPTH, VerifyRule.COUPLED), batch, samples, 0.0)
+    assert 0 < int(look.num_steps) == spec.num_verify_steps - spec.history.num_verify_steps < spec.num_verify_steps
+    torch.testing.assert_close(look.observed_K, look.expected_K)
 
 
 NUM_CLEAN_LOOKS = 100
