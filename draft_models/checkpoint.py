@@ -109,7 +109,9 @@ def _read_config(path: Path, target_config: Mapping[str, Any] | None) -> Eagle3C
         config = Eagle3Config.from_hf(raw)
     except KeyError as error:
         raise DraftError(f"{path}: key {error} is missing") from None
-    if int(raw.get("target_hidden_size") or config.hidden_size) != config.hidden_size:
+    except DraftError as error:
+        raise DraftError(f"{path}: {error}") from None
+    if (raw.get("target_hidden_size") or config.hidden_size) != config.hidden_size:
         raise DraftError(
             f"{path}: target_hidden_size is {raw['target_hidden_size']}, hidden_size {config.hidden_size}; "
             "a draft of another width than its target is not supported"
@@ -152,6 +154,8 @@ def _check_tensor(path: Path, name: str, tensor: Tensor, shape: tuple[int, ...],
     dtype = {"d2t": torch.int64, "t2d": torch.bool}.get(name, weight_dtype)
     if tensor.dtype != dtype or not (dtype.is_floating_point or name in ("d2t", "t2d")):
         raise DraftError(f"{path}: tensor {name} has type {tensor.dtype}, expected {dtype}")
+    if dtype.is_floating_point and not bool(tensor.isfinite().all()):
+        raise DraftError(f"{path}: tensor {name} holds values that are not finite; take another copy of the draft")
 
 
 def _check_target_ids(target_ids: Tensor, config: Eagle3Config, path: Path) -> None:

@@ -69,13 +69,15 @@ class Eagle3Config:
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> Eagle3Config:
-        """From the config.json of a LlamaForCausalLMEagle3 draft. Raises KeyError for a missing key."""
-        vocab_size = int(config["vocab_size"])
+        """From the config.json of a LlamaForCausalLMEagle3 draft. Raises KeyError for a missing key, DraftError for a
+        value of the wrong kind."""
+        _check_sizes(config)
+        vocab_size = config["vocab_size"]
         return cls(
             vocab_size=vocab_size,
-            draft_vocab_size=int(config.get("draft_vocab_size") or vocab_size),
-            intermediate_size=int(config["intermediate_size"]),
-            aux_layer_ids=tuple((config["eagle_config"] or {})["eagle_aux_hidden_state_layer_ids"]),
+            draft_vocab_size=config.get("draft_vocab_size") or vocab_size,
+            intermediate_size=config["intermediate_size"],
+            aux_layer_ids=_read_layer_ids(config),
             **_shared_fields(config),
         )
 
@@ -327,6 +329,29 @@ def _shared_fields(config: Mapping[str, Any]) -> dict[str, Any]:
         "rope": rope_parameters(config),
         "max_position_embeddings": int(config["max_position_embeddings"]),
     }
+
+
+_SIZES = ("hidden_size", "vocab_size", "draft_vocab_size", "intermediate_size", "num_attention_heads")
+_MORE_SIZES = ("num_key_value_heads", "head_dim", "target_hidden_size", "max_position_embeddings")
+
+
+def _check_sizes(config: Mapping[str, Any]) -> None:
+    """Raises DraftError for a size that is no count. One that is absent, null or 0 is left to its reader."""
+    for key in (*_SIZES, *_MORE_SIZES):
+        value = config.get(key)
+        if value and (type(value) is not int or value < 1):
+            raise DraftError(f"{key} is {value!r}, expected a whole number above 0")
+
+
+def _read_layer_ids(config: Mapping[str, Any]) -> tuple[int, ...]:
+    """The captured layers of a draft's config.json. Raises KeyError or DraftError."""
+    inner = config["eagle_config"] or {}
+    ids = inner["eagle_aux_hidden_state_layer_ids"] if isinstance(inner, Mapping) else inner
+    if not isinstance(ids, (list, tuple)) or len(ids) != 3 or any(type(i) is not int for i in ids):
+        raise DraftError(
+            f"eagle_aux_hidden_state_layer_ids is {ids!r}, expected three layers of the target, as [1, 3, 4]"
+        )
+    return tuple(ids)
 
 
 def _checked_layer_ids(ids: Sequence[int], num_layers: int) -> tuple[int, ...]:

@@ -116,7 +116,9 @@ def _read_specforge(draft: SpelledDraft, target: Target) -> tuple[Eagle3Config, 
 
 
 def _own_layer_ids(config: Mapping[str, Any]) -> list[int]:
-    return (config.get("eagle_config") or {}).get("eagle_aux_hidden_state_layer_ids") or []
+    inner = config.get("eagle_config")
+    ids = inner.get("eagle_aux_hidden_state_layer_ids") if isinstance(inner, Mapping) else inner
+    return ids or []
 
 
 def _default_layers(target: Target) -> tuple[int, int, int]:
@@ -167,9 +169,15 @@ def _read_speculators(draft: SpelledDraft, target: Target) -> tuple[Eagle3Config
         if raw.get(key):
             raise DraftError(f"{key} is {str(raw[key]).lower()}: only false is supported")
     layer = raw.get("transformer_layer_config") or {}
+    if not isinstance(layer, Mapping):
+        raise DraftError(f"transformer_layer_config is {layer!r}, expected the settings of a layer")
     if layer.get("model_type", "llama") != "llama":
         raise DraftError(f"transformer_layer_config.model_type is {layer['model_type']!r}: only 'llama' is supported")
     ids = raw.get("eagle_aux_hidden_state_layer_ids")
+    if ids and (not isinstance(ids, list) or any(type(k) is not int for k in ids)):
+        raise DraftError(
+            f"eagle_aux_hidden_state_layer_ids is {ids!r}, expected three layers of the target, as [2, 4, 5]"
+        )
     ids = [k - 1 for k in ids] if ids else list(_default_layers(target))
     if min(ids) < 0:
         raise DraftError("eagle_aux_hidden_state_layer_ids has 0, the token embedding, which SGLang cannot capture")
@@ -214,7 +222,7 @@ def _sizes(raw: Mapping[str, Any]) -> Eagle3Config:
             raise DraftError(f"{key} is {raw[key]}: only false is supported")
     if (raw.get("num_hidden_layers") or 1) != 1:
         raise DraftError(f"num_hidden_layers is {raw['num_hidden_layers']}: only 1 is supported")
-    if int(raw.get("target_hidden_size") or raw.get("hidden_size") or 0) != raw.get("hidden_size"):
+    if (raw.get("target_hidden_size") or raw.get("hidden_size")) != raw.get("hidden_size"):
         raise DraftError(
             f"target_hidden_size is {raw.get('target_hidden_size')}, hidden_size {raw.get('hidden_size')}: a draft of "
             "another width than its target is not supported"

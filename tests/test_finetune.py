@@ -368,6 +368,8 @@ def test_bad_input_is_one_line_and_status_2_or_1(
     bad.write_text(f"{rollouts.read_text().splitlines()[0]}\n{{garbled\n")
     silent = tmp_path / "silent.jsonl"
     silent.write_text(json.dumps({"prompt": "ab", "response": ""}) + "\n")
+    lonely = tmp_path / "lonely.jsonl"
+    lonely.write_text(json.dumps({"prompt": "ab"}) + "\n")
     capsys.readouterr()
     base = ["finetune-draft", "--target", str(model)]
     trained = [*base, "--data", str(rollouts), "--out", str(tmp_path / "out")]
@@ -392,6 +394,7 @@ def test_bad_input_is_one_line_and_status_2_or_1(
         ([*base, "--data", str(rollouts), "--out", str(taken)], "taken exists already"),
         ([*base, "--data", str(bad), "--out", str(tmp_path / "out")], "bad.jsonl line 2: not JSON"),
         ([*base, "--data", str(silent), "--out", str(tmp_path / "out")], "no answer tokens"),
+        ([*base, "--data", str(lonely), "--out", str(tmp_path / "out")], "lonely.jsonl: there is one prompt only"),
         ([*base, "--data", str(tmp_path / "none"), "--out", str(tmp_path / "out")], "No such file"),
         ([*base, "--out", str(tmp_path / "out")], "--data is not set"),
         ([*base, "--import", str(model), "--out", str(tmp_path / "out")], "is no EAGLE-3 draft as sglang, specforge"),

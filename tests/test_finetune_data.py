@@ -117,8 +117,16 @@ BAD: dict[str, tuple[Any, str]] = {
     "no response": ({"prompt": "ab"}, r"it has no response \(key 'response'\), the first row has one"),
     "a number": ({"prompt": "ab", "response": 3}, "key 'response' must hold a text or a list of token ids"),
     "negative ids": ({"prompt": [3], "response": [-1]}, "key 'response' must hold a text or a list of token ids"),
-    "foreign ids": ({"prompt": [3], "response": [128]}, "token id 128, but the model's vocabulary has 128"),
-    "no prompt": ({"prompt": [], "response": "x"}, "key 'prompt' must hold a string or a list of messages"),
+    "foreign ids": (
+        {"prompt": [3], "response": [128]},
+        "key 'response' holds token id 128, the target's vocabulary has 128",
+    ),
+    "no prompt": ({"prompt": [], "response": "x"}, "the prompt is empty"),
+    "negative prompt ids": (
+        {"prompt": [3, -1], "response": "x"},
+        "'prompt' must hold a text, a list of token ids or a",
+    ),
+    "no chat": ({"messages": "u", "response": "x"}, "key 'messages' must hold a list of messages, each with role"),
     "too long": ({"prompt": "a" * 20, "response": "b" * 20}, "prompt and response have 42 tokens, .* 40 positions"),
     "a long prompt": ({"prompt": "a" * 40, "response": "b"}, "the prompt has 41 tokens, at most 39"),
     "an image": ({"messages": [USER, {"role": "assistant", "content": [{}]}]}, "content of a message must be a text"),
@@ -184,6 +192,13 @@ def test_an_epoch_takes_every_text_once_within_the_budget() -> None:
     assert all(sum(lengths[i] for i in step) <= 25 or len(step) == 1 for step in steps)
     assert steps == epoch_steps(lengths, 0, 5, 25) != epoch_steps(lengths, 1, 5, 25)
     assert pack_in_order([0, 1], [30, 30], 25) == [[0], [1]]
+
+
+def test_the_steps_of_an_epoch_are_as_few_as_the_budget_allows_and_about_equally_long() -> None:
+    lengths = [10] * 101
+    steps = epoch_steps(lengths, epoch=0, seed=5, max_tokens=500)
+    assert [len(step) for step in steps] == [34, 34, 33]  # 50, 50 and 1 without care
+    assert epoch_steps([600, 10], 0, 0, 500) in ([[0], [1]], [[1], [0]])
 
 
 def test_ranks_share_a_step_evenly() -> None:

@@ -89,6 +89,10 @@ FAULTS: dict[str, tuple[dict[str, Any], str]] = {
     "embedding": ({"embed_requires_grad": True}, "embed_requires_grad is true"),
     "embedding layer": ({"eagle_aux_hidden_state_layer_ids": [0, 4, 5]}, "has 0, the token embedding"),
     "qwen layer": ({"transformer_layer_config": {"model_type": "qwen3"}}, "only 'llama' is supported"),
+    "layers as text": ({"eagle_aux_hidden_state_layer_ids": "abc"}, "layer_ids is 'abc', expected three layers"),
+    "half a layer": ({"eagle_aux_hidden_state_layer_ids": [1, 2.5, 3]}, "expected three layers of the target"),
+    "no settings of a layer": ({"transformer_layer_config": [1]}, r"transformer_layer_config is \[1\], expected"),
+    "a size as text": ({"draft_vocab_size": "all"}, "draft_vocab_size is 'all', expected a whole number"),
     "no sizes": ({"transformer_layer_config": {"hidden_size": 8}}, "is missing"),
 }
 

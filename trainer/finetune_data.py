@@ -12,6 +12,7 @@ Chats go through the tokenizer's template; the last assistant's turn is the resp
 from __future__ import annotations
 
 import json
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, chain
@@ -32,6 +33,7 @@ from trainer.data import (
 )
 
 _MESSAGES = "messages"  # of a row in the form of OpenAI's fine-tuning files
+ONE_PROMPT = "there is one prompt only, and a draft is judged on prompts that it has not seen: give more"
 MIN_RESPONSE = 2  # tokens: the draft learns from the second on, since the first comes from the prompt's own forward
 
 
@@ -109,6 +111,8 @@ class _RowReader:
         """Raises BadRow."""
         row = self._read(record)
         response = row.response_ids or ()
+        for name in (self._prompt_key(record), self._response_key):
+            self._check_given(name, record.get(name))
         check_ids((*row.prompt_ids, *response), self._limits.vocab_size)
         total = len(row.prompt_ids) + len(response)
         if total > self._limits.max_positions:
@@ -118,12 +122,31 @@ class _RowReader:
             )
         return row
 
-    def _read(self, record: dict[str, Any]) -> TextRow:
+    def _prompt_key(self, record: dict[str, Any]) -> str:
         key = self._config.input_key
         if key not in record and _MESSAGES not in record:
             present = ", ".join(map(repr, record))
             raise BadRow(f"keys {key!r} and {_MESSAGES!r} are absent; present: {present}; --input-key chooses another")
-        prompt = record[key] if key in record else record[_MESSAGES]
+        return key if key in record else _MESSAGES
+
+    def _check_given(self, key: str, value: Any) -> None:
+        """Ids that the file itself holds are its own fault, not the tokenizer's."""
+        if _is_ids(value) and max(value) >= self._limits.vocab_size:
+            raise BadRow(
+                f"key {key!r} holds token id {max(value)}, the target's vocabulary has {self._limits.vocab_size}: "
+                "ids of another tokenizer; give texts, or the target that they belong to"
+            )
+
+    def _read(self, record: dict[str, Any]) -> TextRow:
+        key = self._prompt_key(record)
+        prompt = record[key]
+        if prompt == []:
+            raise BadRow("the prompt is empty")
+        if not (is_chat(prompt) or (key == self._config.input_key and (isinstance(prompt, str) or _is_ids(prompt)))):
+            forms = "a list of messages, each with role and content"
+            if key == self._config.input_key:
+                forms = f"a text, a list of token ids or {forms}"
+            raise BadRow(f"key {key!r} must hold {forms}")
         response = record.get(self._response_key)
         if is_chat(prompt) and response is None:
             return self._chat(prompt)
@@ -205,9 +228,7 @@ def split_held_out(
     for index, prompt in enumerate(prompts):
         by_prompt.setdefault(prompt, []).append(index)
     if len(by_prompt) < 2:
-        raise ConfigError(
-            "the data holds one prompt only: a draft is judged on prompts that it has not seen, give more"
-        )
+        raise ConfigError(f"texts long enough to draft from: {ONE_PROMPT}")
     groups = list(by_prompt.values())
     Random(f"{seed}/held-out").shuffle(groups)
     count = min(max(1, round(share * len(groups))), len(groups) - 1)
@@ -219,11 +240,15 @@ def split_held_out(
 def epoch_steps(lengths: Sequence[int], epoch: int, seed: int, max_tokens: int) -> list[list[int]]:
     """Indices of the texts of each optimizer step of an epoch, in a new order every epoch. A pure function.
 
-    A step takes at least one text and at most `max_tokens` tokens.
+    A step takes at least one text and at most `max_tokens` tokens. There are as few steps as these allow, and they are
+    about equally long: every step moves the weights as far, so that a short rest would teach too much.
     """
     order = list(range(len(lengths)))
     Random(f"{seed}/{epoch}").shuffle(order)
-    return pack_in_order(order, lengths, max_tokens)
+    count = len(pack_in_order(order, lengths, max_tokens))
+    budgets = range(1, max_tokens + 1)
+    least = bisect_left(budgets, True, key=lambda budget: len(pack_in_order(order, lengths, budget)) <= count)
+    return pack_in_order(order, lengths, budgets[least])
 
 
 def pack_in_order(order: Sequence[int], lengths: Sequence[int], max_tokens: int) -> list[list[int]]:

@@ -17,7 +17,7 @@ from trainer.convert_draft import read_any_draft
 from trainer.draft_forecast import DraftSettings
 from trainer.draft_vocab import answers_vocabulary
 from trainer.finetune_config import FinetuneConfig
-from trainer.finetune_data import RowLimits, TextRows, load_texts
+from trainer.finetune_data import ONE_PROMPT, RowLimits, TextRows, load_texts
 from trainer.hf_files import HFWeights, read_config
 from trainer.serving import check_asked, check_engine, context_length, eos_token_ids, load_tokenizer, read_draft
 
@@ -50,6 +50,8 @@ def read_inputs(config: FinetuneConfig) -> Inputs:
     positions = context_length(folder, rollout)
     limits = RowLimits(positions - 1, positions, int(target.config["vocab_size"]), eos)
     texts = load_texts(Path(config.data), config.run.data, config.response_key, tokenizer, limits)
+    if len({row.prompt_ids for row in texts.rows}) < 2:
+        raise ConfigError(f"{config.data}: {ONE_PROMPT}")
     if texts.are_prompts and rollout.max_response_len >= positions:
         raise ConfigError(
             f"rollout.max_response_len = {rollout.max_response_len} leaves no room for a prompt in the {positions} "
