@@ -68,6 +68,10 @@ MAKE_DRAFT = (
 )
 STAGES: dict[str, tuple[Command, ...]] = {
     "tests": (Command((*MODULE, "pytest", "-m", "gpu", "-q", "--durations=10", "tests"), 560),),
+    # Nothing else may run on the GPU beside these: they watch its memory
+    "engine-tests": (
+        Command((*MODULE, "pytest", "-m", "gpu", "-q", "--durations=10", "tests/gpu/test_sglang_engine.py"), 400),
+    ),
     "prepare": (Command(MAKE_POLICY, 120, makes=POLICY), Command(MAKE_DRAFT, 300, makes=DRAFT)),
     # Starting a server takes most of a minute: no offline engines here
     "rollout": (
@@ -90,6 +94,15 @@ STAGES: dict[str, tuple[Command, ...]] = {
     "draft": (
         Command((*MODULE, "benchmarks.draft_update", "--shape", "100m", *RESULTS), 180),
         Command((*MODULE, "benchmarks.draft_update", "--shape", "0.6b", *RESULTS), 240),
+    ),
+    "ablation": (
+        Command(
+            (
+                *(*MODULE, "benchmarks.draft_ablation", "--plan", "h200", "--budget-s", "290"),
+                *("--work", "{work}/ablation", "--out", "{out}/ablation"),
+            ),
+            330,
+        ),
     ),
     "kernels": (Command((*MODULE, "benchmarks.sglang_kernels", *RESULTS), 560),),
     # Goes on where the last call stopped, so that it may be asked for several times
