@@ -246,7 +246,7 @@ def test_a_resumed_run_has_the_settings_and_the_data_of_the_first(
     settings = config("--draft.lr=1e-9", data=str(data), patience=1)
     with pytest.raises(FinetuneError):
         finetune(settings)
-    with pytest.raises(ConfigError, match="was not finished: continue it with --resume"):
+    with pytest.raises(ConfigError, match="holds a run already: continue it with --resume"):
         finetune(settings)
     with pytest.raises(ConfigError, match=r"draft.lr = 0.5, but the run to resume was started with 1e-09"):
         finetune(config("--draft.lr=0.5", data=str(data), resume=True))
@@ -255,6 +255,17 @@ def test_a_resumed_run_has_the_settings_and_the_data_of_the_first(
     data.write_text("\n".join(rollouts.read_text().splitlines()[1:]) + "\n")
     with pytest.raises(ConfigError, match="data"):
         finetune(replace(settings, resume=True))
+    Path(f"{settings.out}.finetune", "settings.json").write_text('{"target": ')
+    with pytest.raises(ConfigError, match=r"settings\.json was changed and is no JSON object: remove"):
+        finetune(replace(settings, resume=True))
+
+
+def test_answers_that_were_changed_are_named(tmp_path: Path) -> None:
+    file = tmp_path / "answers.jsonl"
+    for bad in ('{"prompt": [1], "respon', '{"prompt": [1]}', "7"):
+        file.write_text(f'{{"prompt": [1], "response": [2, 3]}}\n{bad}\n')
+        with pytest.raises(ConfigError, match=r"answers\.jsonl line 2: it was changed and is no answer"):
+            read_answers(file)
 
 
 def test_a_run_that_kept_nothing_is_not_in_the_way(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -397,6 +408,10 @@ def test_bad_input_is_one_line_and_status_2_or_1(
         ([*base, "--data", str(lonely), "--out", str(tmp_path / "out")], "lonely.jsonl: there is one prompt only"),
         ([*base, "--data", str(tmp_path / "none"), "--out", str(tmp_path / "out")], "No such file"),
         ([*base, "--out", str(tmp_path / "out")], "--data is not set"),
+        (
+            [*base, "--import", str(unbroken), "--out", str(tmp_path / "out"), "--resume"],
+            "--resume: --import without --data only converts",
+        ),
         ([*base, "--import", str(model), "--out", str(tmp_path / "out")], "is no EAGLE-3 draft as sglang, specforge"),
         (["finetune-draft", "--target", str(tmp_path), "--data", str(rollouts), "--out", "o"], "config.json: missing"),
     ]

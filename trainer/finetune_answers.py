@@ -14,6 +14,7 @@ from draft_models.randomness import request_seed
 from rollout_engine.config import RolloutConfig
 from rollout_engine.types import FinishReason, RolloutEngine, RolloutRequest, Sample, SamplingParams
 from sync.atomic import write_file
+from trainer.config import ConfigError
 from trainer.finetune_data import TextRow, dump_row, parse_dumped
 
 GROUP = 512  # requests whose answers are written at once
@@ -55,8 +56,15 @@ def generate_answers(
 
 
 def read_answers(file: Path) -> list[tuple[int, ...]]:
-    """The response of every request, in their order."""
-    return [parse_dumped(line).response_ids or () for line in _whole_lines(file)]
+    """The response of every request, in their order. ConfigError for a line that `generate_answers` did not write."""
+    return [_answer(file, number, line) for number, line in enumerate(_whole_lines(file), start=1)]
+
+
+def _answer(file: Path, number: int, line: str) -> tuple[int, ...]:
+    try:
+        return parse_dumped(line).response_ids or ()
+    except (ValueError, KeyError, TypeError):
+        raise ConfigError(f"{file} line {number}: it was changed and is no answer; remove that file") from None
 
 
 def _sampling(rollout: RolloutConfig, seed: int) -> SamplingParams:

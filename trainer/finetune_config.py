@@ -140,6 +140,8 @@ def _check(config: FinetuneConfig) -> None:
         raise ConfigError("--init and --import are both given: a draft starts from one of them")
     if not config.data and not config.import_:
         raise ConfigError("--data is not set: give a JSONL file, or --import DIR alone to convert a draft")
+    if not config.data and config.resume:
+        raise ConfigError("--resume: --import without --data only converts, which is never half done; leave it out")
     for name, known in (("export", SPELLINGS), ("lr_decay", DECAYS)):
         value = getattr(config, name)
         if value not in known:

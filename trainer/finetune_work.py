@@ -95,7 +95,7 @@ def _take(work: WorkDir, config: FinetuneConfig, found: Mapping[str, Any]) -> Ru
         if config.resume:
             _check_same(saved, settings, work)
         elif saved is not None:
-            raise ConfigError(f"{work.path} holds a run that was not finished: continue it with --resume, or remove it")
+            raise ConfigError(f"{work.path} holds a run already: continue it with --resume, or remove it")
         work.path.mkdir(parents=True, exist_ok=True)
         lock = RunLock(work.lock_file)
         write_file(work.settings_file, json.dumps(settings, indent=1) + "\n")
@@ -110,7 +110,12 @@ def _saved_settings(work: WorkDir) -> dict[str, Any] | None:
     """None when no run has begun there."""
     if not work.settings_file.exists():
         return None
-    saved: dict[str, Any] = json.loads(work.settings_file.read_text(encoding="utf-8"))
+    try:
+        saved = json.loads(work.settings_file.read_text(encoding="utf-8"))
+    except ValueError:
+        saved = None
+    if not isinstance(saved, dict):
+        raise ConfigError(f"{work.settings_file} was changed and is no JSON object: remove {work.path} and start again")
     return saved
 
 
