@@ -22,6 +22,7 @@ from draft_models.types import VerifyRule
 
 _PIECE_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 27}  # of [K, c, R]: within the CPU's cache; large products on a GPU
 NUM_FIGURES = 6  # loss, KL, overlap, top1, agree, acceptance
+_SORTED_ROWS = 256  # whose coupled acceptance is taken, of a forward: it sorts the vocabulary, and is a figure alone
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +34,7 @@ class HeadTask:
     loss: LossKind
     weight_KQ: Tensor  # of each row's loss; 0 where no chain is
     rule: VerifyRule | None  # for its acceptance
+    accept_rows: Tensor | None  # int64 on the CPU, ascending: where that is taken, 0 elsewhere; None = everywhere
     wants_posterior: bool  # under that rule
     product_dtype: torch.dtype
 
@@ -46,8 +48,8 @@ def head_loss(normed_KQH: Tensor, head_RH: Tensor, task: HeadTask) -> tuple[Tens
 
     Returns:
         the loss (scalar), and without gradient: figures [6, K, Q] (loss, KL, overlap, top1, agree, and acceptance under
-        the rule, zero without one) and acceptance posteriors [K, Q] (zero unless wanted), all meaningless where no
-        chain is.
+        the rule, zero without one or where it is not taken) and acceptance posteriors [K, Q] (zero unless wanted), all
+        meaningless where no chain is.
     """
     wants_grad = torch.is_grad_enabled() and (normed_KQH.requires_grad or head_RH.requires_grad)
     loss, figures, posterior = _HeadLoss.apply(normed_KQH, head_RH, task, wants_grad)
@@ -110,10 +112,36 @@ def _target_logits(batch: DraftBatch, rows: slice, temperature_Q1: Tensor) -> Te
 
 
 def _acceptance(task: HeadTask, rows: slice, found: Comparison, target: SoftTarget) -> Tensor:
-    """[K, c]; zeros without a rule."""
+    """[K, c]; zeros without a rule, and in rows where it is not taken."""
+    chance_Kc = torch.zeros_like(found.overlap)
     if task.rule is None:
-        return torch.zeros_like(found.overlap)
-    return acceptance(task.rule, found, target, _is_greedy(task.batch, rows))
+        return chance_Kc
+    is_greedy_c = _is_greedy(task.batch, rows)
+    if task.accept_rows is None:
+        return acceptance(task.rule, found, target, is_greedy_c)
+    taken = task.accept_rows[(task.accept_rows >= rows.start) & (task.accept_rows < rows.stop)] - rows.start
+    if len(taken):
+        taken = taken.to(chance_Kc.device, non_blocking=True)
+        part = acceptance(task.rule, found.at(taken), target.at(taken), is_greedy_c[taken])
+        chance_Kc.index_copy_(1, taken, part)
+    return chance_Kc
+
+
+def accept_rows(rule: VerifyRule | None, batch: DraftBatch, depth: int) -> tuple[Tensor | None, list[float]]:
+    """Rows [n] whose acceptance is taken (see `HeadTask`), and by step what its sum over them is to be multiplied with.
+
+    Under the coupled rule one of every few rows of a large batch, at distances that follow no text's length, and the
+    one that most steps reach, so that every step has one.
+    """
+    rank_Q = torch.cat([torch.arange(number) for number in batch.num_chains])
+    if rule is not VerifyRule.COUPLED or len(rank_Q) <= _SORTED_ROWS:
+        return None, [1.0] * depth
+    every = -(-len(rank_Q) // _SORTED_ROWS)
+    first = torch.arange(0, len(rank_Q), every)
+    offset = (torch.arange(len(first)) * 2_654_435_769 % (1 << 32)) * every >> 32  # the golden ratio's multiples
+    rows = torch.cat((first + offset, rank_Q.argmax()[None])).clamp_(max=len(rank_Q) - 1).unique()
+    taken = [int((rank_Q[rows] >= step).sum()) for step in range(depth)]
+    return rows, [count / max(1, few) for count, few in zip(batch.counts(depth), taken, strict=True)]
 
 
 def _is_greedy(batch: DraftBatch, rows: slice) -> Tensor:

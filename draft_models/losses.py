@@ -67,6 +67,11 @@ class SoftTarget:
     best_N: Tensor  # the highest p over the target's whole vocabulary
     log_learn_ND: Tensor | None = None  # for reverse KL, which needs it where p underflows
 
+    def at(self, rows: Tensor) -> SoftTarget:
+        """Some of the rows [n]."""
+        log_learn = None if self.log_learn_ND is None else self.log_learn_ND[rows]
+        return SoftTarget(self.learn_ND[rows], self.accept_ND[rows], self.entropy_N[rows], self.best_N[rows], log_learn)
+
 
 def soft_target(logits_NV: Tensor, target_ids_D: Tensor | None, *, with_log: bool = False) -> SoftTarget:
     """Target law from logits that are already divided by the temperature; `with_log` for reverse KL."""
@@ -100,6 +105,11 @@ class Comparison:
     agree: Tensor
     log_q: Tensor  # [..., N, D]
     q: Tensor
+
+    def at(self, rows: Tensor) -> Comparison:
+        """Some of the rows [n]."""
+        kl, overlap, top1, agree = (x[..., rows] for x in (self.kl, self.overlap, self.top1, self.agree))
+        return Comparison(kl, overlap, top1, agree, self.log_q[..., rows, :], self.q[..., rows, :])
 
 
 def compare(draft_logits: Tensor, target: SoftTarget) -> Comparison:

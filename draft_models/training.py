@@ -21,7 +21,7 @@ from torch import Tensor
 from draft_models.chain_attention import ChainAttention
 from draft_models.chain_batch import DraftBatch, make_batch, split_by_tokens
 from draft_models.eagle3 import Eagle3
-from draft_models.head_loss import HeadTask, head_loss
+from draft_models.head_loss import HeadTask, accept_rows, head_loss
 from draft_models.layers import FAST, MixedNumerics, Numerics
 from draft_models.losses import LossKind
 from draft_models.types import VerifyRule
@@ -60,7 +60,7 @@ class DraftLoss:
     overlap_K: Tensor  # see `losses.Comparison`
     top1_K: Tensor
     agree_K: Tensor
-    accept_K: Tensor | None  # the rule's own acceptance, see `losses.acceptance`; None when no rule was given
+    accept_K: Tensor | None  # the rule's own acceptance, see `losses.acceptance`; None when not asked for
     posterior_QK: Tensor | None  # see `accept_posteriors`; None when not asked for
 
     @property
@@ -77,15 +77,17 @@ def draft_loss(
     rule: VerifyRule | None = None,
     *,
     loss: LossKind = LossKind.FORWARD_KL,
+    acceptance: bool = True,
     posteriors: bool = True,
     product_dtype: torch.dtype | None = None,
 ) -> DraftLoss:
     """`loss` of `depth` unrolled steps against the target at the rollout's temperature.
 
-    Greedy samples are compared at temperature 1. With `rule` the same forward also gives `accept_K`, and, unless
-    `posteriors` is off, `posterior_QK`, what the acceptance forecast needs. `product_dtype` (bfloat16, say) is that of
-    the matrix products' operands; None is the weights' own. Weights, norms, residual stream, softmax and loss keep the
-    weights' dtype.
+    Greedy samples are compared at temperature 1. With `rule` the same forward also gives `accept_K` (of a large batch
+    under the coupled rule estimated from some of its rows: it sorts the vocabulary), unless `acceptance` is off, and,
+    unless `posteriors` is, `posterior_QK`, what the acceptance forecast needs. `product_dtype` (bfloat16, say) is that
+    of the matrix products' operands; None is the weights' own. Weights, norms, residual stream, softmax and loss keep
+    the weights' dtype.
     """
     dtype = draft.lm_head.weight.dtype
     product_dtype = product_dtype or dtype
@@ -98,10 +100,14 @@ def draft_loss(
     if batch.weight_Q is not None:  # a row's steps stand together and predict the same token
         weight_KQ = weight_KQ * batch.weight_Q.to(dtype)
     wants_posterior = rule is not None and posteriors
-    task = HeadTask(batch, draft.target_ids, loss, weight_KQ, rule, wants_posterior, product_dtype)
+    accept_at, accept_factors = accept_rows(rule, batch, depth)
+    if not acceptance:
+        accept_at = torch.empty(0, dtype=torch.int64)
+    task = HeadTask(batch, draft.target_ids, loss, weight_KQ, rule, accept_at, wants_posterior, product_dtype)
     normed_KQH = draft.final_norm(torch.stack(states))
     loss_sum, figures, posterior_KQ = head_loss(normed_KQH, draft.lm_head.weight, task)
     _, kl_K, overlap_K, top1_K, agree_K, accept_K = torch.where(inside_KQ, figures, 0.0).sum(-1, dtype=torch.float64)
+    accept_K = accept_K * torch.tensor(accept_factors, dtype=torch.float64).to(accept_K.device, non_blocking=True)
     posterior_KQ = torch.where(inside_KQ, posterior_KQ, 0.0)
     by_chain = torch.stack([row_Q.roll(-step, 0) for step, row_Q in enumerate(posterior_KQ)], dim=1)
     return DraftLoss(
@@ -111,7 +117,7 @@ def draft_loss(
         overlap_K=overlap_K,
         top1_K=top1_K,
         agree_K=agree_K,
-        accept_K=None if rule is None else accept_K,
+        accept_K=accept_K if rule is not None and acceptance else None,
         posterior_QK=by_chain if wants_posterior else None,
     )
 
@@ -124,6 +130,7 @@ def accept_posteriors(
 
     For the text as it is, under `rule` and the temperature, without top-p or top-k. 0 beyond the end of the text.
     """
-    posterior_QK = draft_loss(draft, batch, depth, 1.0, rule, product_dtype=product_dtype).posterior_QK
+    forecast = draft_loss(draft, batch, depth, 1.0, rule, acceptance=False, product_dtype=product_dtype)
+    posterior_QK = forecast.posterior_QK
     assert posterior_QK is not None
     return posterior_QK

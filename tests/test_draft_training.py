@@ -232,6 +232,43 @@ def test_pieces_of_any_size_give_the_same(monkeypatch: pytest.MonkeyPatch, eleme
         torch.testing.assert_close(a, b, atol=1e-12, rtol=1e-12)
 
 
+def test_the_coupled_figure_sorts_few_rows_of_a_large_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It estimates the sum over all rows by step; losses and gradients know nothing of it, nor does a forecast."""
+    samples = [random_sample(30 + seed % 5, 2, seed, dtype=torch.float64) for seed in range(16)]
+    draft, batch, num_sorted = small_draft(dtype=torch.float64), batch_of(samples), []
+    exact = losses.coupled_acceptance
+
+    def count(p_ND: Tensor, q: Tensor) -> Tensor:
+        num_sorted.append(q.shape[1])
+        return exact(p_ND, q)
+
+    monkeypatch.setattr(losses, "coupled_acceptance", count)
+    found = []
+    for rows, elements in ((1 << 20, 1 << 21), (100, 1 << 21), (100, DEPTH * 40 * 7)):
+        monkeypatch.setattr(head_loss, "_SORTED_ROWS", rows)
+        monkeypatch.setitem(head_loss._PIECE_ELEMENTS, "cpu", elements)
+        num_sorted.clear()
+        found.append(draft_loss(draft, batch, DEPTH, 0.8, VerifyRule.COUPLED))
+        assert sum(num_sorted) == sum(batch.num_chains) if rows > 100 else 50 < sum(num_sorted) <= 101
+    whole, some, in_pieces = found
+    torch.testing.assert_close(some.accept_K, in_pieces.accept_K)
+    assert not torch.equal(some.accept_K, whole.accept_K)
+    torch.testing.assert_close(some.accept_K, whole.accept_K, atol=0, rtol=0.1)
+    torch.testing.assert_close(some.loss_sum, whole.loss_sum)
+    num_sorted.clear()
+    accept_posteriors(draft, batch, DEPTH, VerifyRule.COUPLED)
+    assert not num_sorted
+
+
+def test_every_step_is_in_the_coupled_figure(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also a step that a single chain reaches, in a text that is not the last."""
+    monkeypatch.setattr(head_loss, "_SORTED_ROWS", 2)
+    lengths = [(12, 6), *[(20, 18)] * 6]  # the longest prompts have one chain
+    batch = batch_of([random_sample(*shape, seed, dtype=torch.float64) for seed, shape in enumerate(lengths)])
+    result = draft_loss(small_draft(dtype=torch.float64), batch, 5, 0.8, VerifyRule.COUPLED)
+    assert result.accept_K is not None and result.counts == (11, 4, 3, 2, 1) and (result.accept_K > 0).all()
+
+
 # ---- packed samples, windows, weights
 
 
