@@ -144,9 +144,13 @@ def test_where_the_engine_says_nothing_of_the_draft_its_forecast_does(tmp_path: 
     watched = pacer(tmp_path, speculation__history=history)
     rollout = Rollout(generated(10.0, 300, spec), None)
     for step in range(3):
-        decision, _ = watched.decide(step, rollout, 1.0, engine())
+        decision, _ = watched.decide(step, rollout, 1.0 + step, engine())
         settle(watched, decision, 1.0, 1.5 + step / 8)
-    assert [point[1] for point in watched.state()["schedule"]["climb"]] == [1.5, 1.625]
+    told = [tuple(point[:2]) for point in watched.state()["schedule"]["climb"]]
+    assert told == [(1.0, 1.5), (2.0, 1.625)]  # each with the entropy of its own rollout
+    resumed = pacer(tmp_path, speculation__history=history)
+    resumed.resume(json.loads(json.dumps(watched.state())), 3)
+    assert resumed.state() == watched.state()
 
 
 def test_a_draft_that_costs_more_than_it_brings_is_called_losing_once_it_no_longer_rises(tmp_path: Path) -> None:

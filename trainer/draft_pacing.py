@@ -36,7 +36,8 @@ class DraftPacer:
             patience=MIN_CLIMB if rollout.speculative_draft_model_path else PATIENCE,
         )
         self._ledger = Ledger()
-        self._forecast: float | None = None  # accept length at the full depth, of the step before
+        self._entropy: float | None = None  # of the last rollout decided on
+        self._forecast: Seen | None = None  # of the rollout before, with that rollout's entropy
 
     def decide(
         self, step: int, rollout: Rollout, entropy: float | None, engine: RolloutEngine
@@ -44,6 +45,7 @@ class DraftPacer:
         """The step's decision and its metrics. `entropy`: nats per token; None when there is nothing to learn from."""
         cost, basis = self._verify_cost(rollout, engine)
         metrics = self._note_saving(rollout, cost, basis)
+        self._entropy = entropy
         when = self._config.draft.when
         if when in FIXED:
             return (Decision(0.0, Reason.NO_SAMPLES) if entropy is None else FIXED[when]), metrics
@@ -68,7 +70,8 @@ class DraftPacer:
         `forecast`: accept length at the full depth, of the draft that served. What capturing its data adds to the
         policy's update is not in it.
         """
-        self._forecast = forecast
+        known = forecast is not None and self._entropy is not None
+        self._forecast = Seen(self._entropy, forecast, FORECAST_ERROR) if known else None
         draft_bytes = sum(spec.num_bytes for spec in plan.tensors if spec.model == "draft")
         spent_s = draft_s + report.time_s * draft_bytes / plan.num_bytes
         ledger = draft_ledger.with_draft_time(self._ledger, draft_s, decision)
@@ -78,7 +81,8 @@ class DraftPacer:
     def state(self) -> dict[str, Any]:
         """For a checkpoint's counters: JSON."""
         ledger = asdict(self._ledger)
-        return {"schedule": draft_schedule.as_dict(self._state), "ledger": ledger, "forecast": self._forecast}
+        forecast = None if self._forecast is None else [self._forecast.entropy, self._forecast.accept_length]
+        return {"schedule": draft_schedule.as_dict(self._state), "ledger": ledger, "forecast": forecast}
 
     def resume(self, state: dict[str, Any] | None, next_step: int) -> None:
         """Go on before `next_step`; `state` is None from the start, or from a checkpoint made before there was one.
@@ -88,7 +92,7 @@ class DraftPacer:
         if state is not None:
             self._state = draft_schedule.from_dict(self._state, state["schedule"])
             self._ledger = draft_ledger.from_dict(state["ledger"])
-            self._forecast = state["forecast"]
+            self._forecast = None if state["forecast"] is None else Seen(*state["forecast"], FORECAST_ERROR)
         later = cut_schedule(self._record, next_step)
         if self._config.deterministic:
             self._given = {**later, **self._given}
@@ -113,14 +117,15 @@ class DraftPacer:
         return {"draft_saved_time_s": saved_s, "draft_saved_time_basis": basis.value}
 
     def _see(self, rollout: Rollout, entropy: float) -> Seen | None:
-        """What the engine showed; where it hardly drafted, or another drafter's tokens are among it, the forecast."""
+        """What the engine showed; where it hardly drafted, or another drafter's tokens are among it, the forecast.
+
+        A forecast is made after its step was decided on: it is of the rollout before, and of the draft that served it.
+        """
         seen = None
         if not self._config.speculation.history:
             spec = draft_ledger.spec_of(rollout.speculative)
             seen = draft_schedule.see(spec, self._config.rollout.speculative_num_steps, entropy)
-        if seen is None and self._forecast is not None:
-            seen = Seen(entropy, self._forecast, FORECAST_ERROR)
-        return seen
+        return self._forecast if seen is None else seen
 
     def _money(self, step: int, rollout: Rollout, judgement: Judgement, cost: float | None) -> Money:
         fast, spec = rollout.speculative, draft_ledger.spec_of(rollout.speculative)
