@@ -21,6 +21,9 @@ class HistoryDrafter:
     An index is made with the first of a prompt's requests and dropped with the last. What a row finds depends on how
     far its siblings are, hence on scheduling: under TARGET_ONLY and REJECTION so do the tokens, though not their law;
     under GREEDY and COUPLED nothing does.
+
+    That law needs a seed of its own for every request, in later epochs too. A text that was drawn with the very numbers
+    which verify it now tells what they will be: under TARGET_ONLY and REJECTION its tokens are no fair proposal.
     """
 
     def __init__(self, config: SpeculationConfig, controller: DepthController, max_depth: int) -> None:
