@@ -4,8 +4,10 @@ import resource
 import signal
 from dataclasses import replace
 
+import psutil
 import pytest
 import torch
+import torch.distributed as dist
 
 from sync.atomic import ASIDE
 from tests.policy_helpers import (
@@ -347,3 +349,24 @@ def test_unknown_megatron_key_names_the_nearest(checkpoint):
 def test_capture_of_a_layer_that_is_not_there_is_refused(checkpoint):
     with pytest.raises(ConfigError, match="4 layers"):
         make_policy(checkpoint).update(rollout(), CaptureSpec((0, 1, 4), 1 << 30))
+
+
+def test_policies_of_one_process_share_their_groups(checkpoint):
+    """Each would else leave tens of groups and their threads behind."""
+    first = make_policy(checkpoint).layout
+    num_threads = threads()
+    second = make_policy(checkpoint).layout
+    assert all(getattr(first, axis).group is getattr(second, axis).group for axis in ("tp", "dp", "pp"))
+    assert threads() == num_threads
+
+
+def test_groups_end_with_their_world(checkpoint):
+    first = make_policy(checkpoint).layout.dp.group
+    dist.destroy_process_group()
+    second = make_policy(checkpoint).layout.dp.group
+    assert second is not first and second.size() == 1
+    dist.all_reduce(torch.ones(1), group=second)
+
+
+def threads() -> int:
+    return psutil.Process().num_threads()

@@ -45,7 +45,7 @@ from trainer.policy_capture import (
     copy_of_head,
     draft_bytes_per_token,
 )
-from trainer.policy_layout import Axis, RankLayout
+from trainer.policy_layout import Axis, RankLayout, can_share_groups
 from trainer.policy_weights import WeightMap, collect, load_weights
 from trainer.vocab_parallel import log_probs_and_entropy
 
@@ -106,12 +106,13 @@ def _megatron_runs(method: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _init_model_parallel(config: PolicyConfig, device: torch.device) -> RankLayout:
-    if mpu.is_initialized():
+    can_share = can_share_groups(config.tensor_model_parallel_size, config.pipeline_model_parallel_size)
+    if not (can_share and mpu.is_initialized()):
         mpu.destroy_model_parallel()
-    mpu.initialize_model_parallel(
-        tensor_model_parallel_size=config.tensor_model_parallel_size,
-        pipeline_model_parallel_size=config.pipeline_model_parallel_size,
-    )
+        mpu.initialize_model_parallel(
+            tensor_model_parallel_size=config.tensor_model_parallel_size,
+            pipeline_model_parallel_size=config.pipeline_model_parallel_size,
+        )
     # Megatron's layers ask for this tracker; without dropout nothing is drawn from it
     model_parallel_cuda_manual_seed(0, inference_rng_tracker=True, force_reset_rng=True)
     groups = (

@@ -40,6 +40,23 @@ class RankLayout:
         return self.tp.group if self.tp.size > 1 else None
 
 
+_groups_of: tuple[dist.ProcessGroup | None, int, int] | None = None
+
+
+def can_share_groups(tp_size: int, pp_size: int) -> bool:
+    """Whether the policy made before in this process left groups of these sizes; if not, new ones are noted.
+
+    Groups are never freed, and with gloo each has threads of its own: a process that makes many policies, one run after
+    another, would fill up with them.
+    """
+    global _groups_of
+    wanted = (dist.group.WORLD, tp_size, pp_size)  # groups end with the world that they are parts of
+    if _groups_of is not None and _groups_of[0] is wanted[0] and _groups_of[1:] == wanted[1:]:
+        return True
+    _groups_of = wanted
+    return False
+
+
 def all_gather_cat(part: torch.Tensor, group: dist.ProcessGroup, dim: int) -> torch.Tensor:
     """The equally shaped parts of all ranks of `group`, joined along `dim` in rank order. Collective."""
     return torch.cat(all_gather_list(part, group), dim=dim)
