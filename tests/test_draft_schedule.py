@@ -260,3 +260,12 @@ def test_an_engine_that_drafts_nothing_loses_and_a_new_draft_learns_all_the_same
     money = replace(LOSING, verified=0.0, can_stop=True, verify_cost=None, plain_s=None)
     assert schedule.decide(State(), nothing, money).reason is Reason.START
     assert schedule.decide(State(phase=Phase.RESTING), nothing, money) == Decision(0.0, Reason.LOSING)
+
+
+def test_a_record_whose_shares_were_set_to_zero_by_hand_is_taken_as_it_is() -> None:
+    """Its reasons still say that the draft trained: nothing was gained, by no budget."""
+    state = State()
+    for _ in range(schedule.MIN_CLIMB):
+        judgement = schedule.judge(state, Seen(1.0, 2.0, 0.1))
+        assert judgement.rise == judgement.late_rise == 0.0
+        state = schedule.advance(state, judgement, Decision(0.0, Reason.START))

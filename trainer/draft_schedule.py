@@ -215,7 +215,8 @@ def rise_per_budget(climb: Sequence[Seen], budgets: Sequence[float], slope: floa
         return 0.0
     t = _centred([*accumulate(budgets, initial=0.0)])
     y = _centred([p.accept_length - slope * p.entropy for p in climb])
-    return sum(a * b for a, b in zip(t, y, strict=True)) / sum(a * a for a in t)
+    spread = sum(a * a for a in t)
+    return sum(a * b for a, b in zip(t, y, strict=True)) / spread if spread else 0.0  # 0: a record changed by hand
 
 
 def decide(state: State, judgement: Judgement, money: Money) -> Decision:
