@@ -62,7 +62,9 @@ def posterior_at_temperature(
     best_n = _target_id(logits_nR.argmax(-1), target_ids_R)
     is_best_n = (best_n == emitted.token_n).to(logits_nR.dtype)
     if rule is VerifyRule.REJECTION:
-        value_n = accept_probability(_prob_of_token(logits_nR, emitted.token_n, target_ids_R), emitted.p_token_n)
+        q_token_n = _prob_of_token(logits_nR, emitted.token_n, target_ids_R)
+        # What the draft never says is never accepted, also where p has underflowed to 0 and the ratio to NaN.
+        value_n = torch.where(q_token_n == 0, 0.0, accept_probability(q_token_n, emitted.p_token_n))
     elif rule is VerifyRule.COUPLED:
         value_n = (_coupled_choice(logits_nR, emitted, target_ids_R) == emitted.token_n).to(is_best_n.dtype)
     else:

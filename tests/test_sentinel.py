@@ -7,11 +7,13 @@ import json
 import math
 from array import array
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
+from draft_models.forecast import EmittedTokens, accept_posterior
 from draft_models.sentinel import (
     BETS,
     Look,
@@ -23,6 +25,11 @@ from draft_models.sentinel import (
     pattern,
     visible_change,
 )
+from draft_models.training import make_batch
+from draft_models.types import VerifyRule
+from rollout_engine.types import FinishReason, RolloutRequest, Sample, SpecStats, VersionSpan
+from tests.draft_helpers import random_sample
+from trainer.draft_forecast import look_at_batch
 
 DEPTH = 2
 CHANCES = torch.tensor([[0.3, 0.9], [0.6, 0.2], [0.8, 0.5], [0.4, 0.0], [0.7, 0.6], [0.1, 0.0]], dtype=torch.float64)
@@ -128,6 +135,34 @@ def test_a_step_that_drafts_less_is_expected_to_accept_less() -> None:
 def test_a_trace_that_is_not_the_text_s_is_refused() -> None:
     with pytest.raises(ValueError, match="a text of 4 tokens kept 3"):
         look_at_traces(CHANCES[:4], [4], [trace([(DEPTH, 2, 3)])], 0.0)
+
+
+@pytest.mark.parametrize("traced", [True, False])
+def test_a_forecast_that_is_no_number_is_not_held_against_the_engine(traced: bool) -> None:
+    texts = [random_sample(9, 3, seed) for seed in range(2)]
+    batch = make_batch(texts)
+    assert batch is not None and batch.num_chains == (5, 5)
+    steps = [(DEPTH, 0, 1)] * 5
+    spec = SpecStats(5, 5, (5, 0, 0), (5, 5), (0, 0))
+    shown = {
+        key: Sample(RolloutRequest(*key, (1,)), (), (), (VersionSpan(0, 6, 0),), FinishReason.LENGTH, spec)
+        for key in batch.sample_keys
+    }
+    if traced:
+        shown = {key: replace(sample, trace=trace(steps)) for key, sample in shown.items()}
+    chances = torch.full((10, DEPTH), 0.1)
+    assert int(look_at_batch(chances, batch, shown, 0.02).num_steps) == 10
+    chances[7, 0] = torch.nan
+    look = look_at_batch(chances, batch, shown, 0.02)
+    assert int(look.num_steps) == 5 and bool(look.flat().isfinite().all())
+
+
+def test_a_token_that_neither_law_holds_is_never_accepted() -> None:
+    logits = torch.zeros(2, 8)
+    logits[:, 3] = torch.tensor([-200.0, 0.0])  # q underflows in the first row, p in both
+    emitted = EmittedTokens(torch.tensor([3, 3]), torch.zeros(2), torch.zeros(2), torch.tensor([5, 6]))
+    found = accept_posterior(VerifyRule.REJECTION, logits, torch.ones(2), emitted)
+    assert found.tolist() == [0.0, 1.0]
 
 
 # ------------------------------------------------------------ over looks

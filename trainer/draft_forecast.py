@@ -106,7 +106,8 @@ def look_at_batch(
 ) -> Look:
     """What the batch's samples showed beside what they should have; K is the engine's depth.
 
-    Left out are samples of several versions, which no one draft served, and those that tell nothing.
+    Left out are samples of several versions, which no one draft served, those that tell nothing, and those whose
+    forecast is no number: a draft or policy that is not finite says nothing about the engine.
     """
     depth = posteriors_QK.shape[1]
     look = Look.nothing(depth)
@@ -114,7 +115,7 @@ def look_at_batch(
     traced, counted = [], []
     for key, num_chains, part_CK in parts:
         sample = shown.get(key)
-        if sample is None or len(sample.policy_versions) != 1:
+        if sample is None or len(sample.policy_versions) != 1 or not bool(part_CK.isfinite().all()):
             continue
         if sample.trace:
             traced.append((part_CK, num_chains, sample.trace))
