@@ -17,8 +17,10 @@ $(VENV)/.installed: pyproject.toml requirements.txt
 demo: setup
 	$(BIN)/slipstream demo
 
+# One process a core, each with one thread: threads of several processes would wait for each other.
 test: setup lint
-	$(BIN)/python -m pytest -m "not slow and not gpu and not sglang"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile \
+		-m "not slow and not gpu and not sglang"
 
 test-slow: setup
 	$(BIN)/python -m pytest -m "slow and not gpu and not sglang"
