@@ -231,3 +231,20 @@ def sound_looks(pair: Pair) -> dict[bool, list[Look]]:
     for traced in (True, False):
         found[traced] = list(served.looks(pair, VerifyRule.REJECTION, traced=traced, min_effect=0.0))
     return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rule", [VerifyRule.REJECTION, VerifyRule.TARGET_ONLY])
+def test_an_engine_in_bfloat16_is_no_fault(pair: Pair, rule: VerifyRule) -> None:
+    """Policy and draft serve in bfloat16, and the learner's forecast is in float32 from the same rounded policy."""
+    served = Decoder(pair.decoder.config, torch.bfloat16)
+    policy = Decoder(pair.decoder.config, torch.float32)
+    for name, tensor in pair.decoder.named_tensors().items():
+        served.named_tensors()[name].copy_(tensor)
+        policy.named_tensors()[name].copy_(tensor.to(torch.bfloat16))
+    rounded = Pair(served, copy.deepcopy(pair.draft).to(torch.bfloat16))
+    engine = make_engine(rounded.decoder, rounded.draft, max_running_requests=64, verify_rule=rule.value)
+    samples = run_engine(engine, requests(60, 4, run=7))
+    ordered = sorted(samples.values(), key=lambda sample: sample.request.key)
+    looks = Served(samples, [captured((policy, pair.draft), sample) for sample in ordered])
+    assert steps_until_alarm(Sentinel(ALPHA), looks.looks(pair, rule, traced=True)) is None
