@@ -138,7 +138,7 @@ def test_a_trace_that_is_not_the_text_s_is_refused() -> None:
 
 
 @pytest.mark.parametrize("traced", [True, False])
-def test_a_forecast_that_is_no_number_is_not_held_against_the_engine(traced: bool) -> None:
+def test_aborted_texts_and_forecasts_that_are_no_number_are_left_out(traced: bool) -> None:
     texts = [random_sample(9, 3, seed) for seed in range(2)]
     batch = make_batch(texts)
     assert batch is not None and batch.num_chains == (5, 5)
@@ -152,6 +152,9 @@ def test_a_forecast_that_is_no_number_is_not_held_against_the_engine(traced: boo
         shown = {key: replace(sample, trace=trace(steps)) for key, sample in shown.items()}
     chances = torch.full((10, DEPTH), 0.1)
     assert int(look_at_batch(chances, batch, shown, 0.02).num_steps) == 10
+    first = batch.sample_keys[0]
+    aborted = shown | {first: replace(shown[first], finish_reason=FinishReason.ABORT)}
+    assert int(look_at_batch(chances, batch, aborted, 0.02).num_steps) == 5
     chances[7, 0] = torch.nan
     look = look_at_batch(chances, batch, shown, 0.02)
     assert int(look.num_steps) == 5 and bool(look.flat().isfinite().all())

@@ -15,7 +15,7 @@ from draft_models.forecast import AcceptForecast, forecast_acceptance
 from draft_models.sentinel import Look, look_at_counts, look_at_traces
 from draft_models.training import DraftBatch, accept_posteriors
 from draft_models.types import VerifyRule
-from rollout_engine.types import Sample
+from rollout_engine.types import FinishReason, Sample
 
 Key = tuple[int, int]
 
@@ -106,8 +106,9 @@ def look_at_batch(
 ) -> Look:
     """What the batch's samples showed beside what they should have; K is the engine's depth.
 
-    Left out are samples of several versions, which no one draft served, those that tell nothing, and those whose
-    forecast is no number: a draft or policy that is not finite says nothing about the engine.
+    Left out are samples of several versions, which no one draft served, those that tell nothing, aborted ones, whose
+    end is that of a step and so tells how it was decoded, and those whose forecast is no number: a draft or policy
+    that is not finite says nothing about the engine.
     """
     depth = posteriors_QK.shape[1]
     look = Look.nothing(depth)
@@ -115,7 +116,9 @@ def look_at_batch(
     traced, counted = [], []
     for key, num_chains, part_CK in parts:
         sample = shown.get(key)
-        if sample is None or len(sample.policy_versions) != 1 or not bool(part_CK.isfinite().all()):
+        if sample is None or len(sample.policy_versions) != 1 or sample.finish_reason is FinishReason.ABORT:
+            continue
+        if not bool(part_CK.isfinite().all()):
             continue
         if sample.trace:
             traced.append((part_CK, num_chains, sample.trace))
