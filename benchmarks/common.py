@@ -181,12 +181,17 @@ def data_config(args: argparse.Namespace) -> DataConfig:
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run a benchmark from the command line: bad input, a dead engine or a failed sync is one line, exit status 2."""
+    """Run a benchmark from the command line. An error is one line; exit status 2 for bad input, 1 for a dead engine, a
+    failed sync or a file that cannot be written."""
     try:
         main()
     except (ConfigError, CheckpointError, DraftError, EngineConfigError, EngineError, BadRequest, SyncError) as error:
         print(f"slipstream: error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        raise SystemExit(2 if isinstance(error, ValueError) else 1) from None
+    except OSError as error:
+        what = error.strerror or str(error)
+        print(f"slipstream: error: {error.filename or 'input or output'}: {what}", file=sys.stderr)
+        raise SystemExit(1) from None
 
 
 def integers(text: str) -> tuple[int, ...]:

@@ -135,7 +135,15 @@ def test_a_failed_sync_and_a_dead_engine_are_one_line(error: type[Exception], ca
 
     with pytest.raises(SystemExit) as exit_:
         common.run(fail)
-    assert exit_.value.code == 2 and capsys.readouterr().err == "slipstream: error: version 3 did not arrive\n"
+    assert exit_.value.code == 1 and capsys.readouterr().err == "slipstream: error: version 3 did not arrive\n"
+
+
+def test_results_that_cannot_be_written_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit) as exit_:
+        common.run(lambda: common.append_results(tmp_path / "file" / "results.jsonl", [], {}))
+    said = capsys.readouterr().err
+    assert exit_.value.code == 1 and said.count("\n") == 1 and str(tmp_path / "file") in said
 
 
 def run_with(seconds: float, lengths: tuple[int, ...], finish_s: tuple[float, ...] | None = None, **more):
@@ -246,7 +254,7 @@ def test_an_anchor_behind_a_dead_address_is_one_line(capsys: pytest.CaptureFixtu
     with pytest.raises(SystemExit) as exit_:
         common.run(lambda: rollout_anchor.DirectHttp("http://127.0.0.1:9", (0,)))
     said = capsys.readouterr().err
-    assert exit_.value.code == 2 and said.count("\n") == 1
+    assert exit_.value.code == 1 and said.count("\n") == 1
     assert said.startswith("slipstream: error: http://127.0.0.1:9/server_info: no answer")
 
 
