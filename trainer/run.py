@@ -434,9 +434,7 @@ def _train_on_first_rank(config: RunConfig, run: Run) -> int:
     with Progress(config.num_rollout, str(run.directory.path), lines=done) as progress:
         run.progress, run.writer = progress, MetricsWriter(run.directory.path, resumed_at)
         if run.watch.stopped:
-            run.tell(
-                "speculation stays stopped after the sentinel's alarm (--speculation.sentinel false starts it)"
-            )
+            run.tell("speculation stays stopped after the sentinel's alarm (--speculation.sentinel false starts it)")
         loop.train(run)
         run.writer.close()
     progress.print_summary()
