@@ -2,8 +2,8 @@
 
 A small policy is made and warm-started, a draft is trained on its rollouts, and the policy is trained by RL at
 temperature 1 in arms that differ in speculation alone: none; an EAGLE-3 draft trained before and frozen; one trained
-online from random weights; and for comparison one under the target-only rule with a reduced vocabulary. Arms are
-interleaved within each seed.
+online from random weights, after every rollout; one trained so when it pays; and for comparison one under the
+target-only rule with a reduced vocabulary. Arms are interleaved within each seed.
 
 State lies under --work: call the command again and it goes on behind the last finished arm. Results are written to
 --out after every arm. `--rehearse` runs all of it on a CPU with the embedded engine and tiny sizes.

@@ -53,6 +53,7 @@ class Arm:
     draft: str  # "" none | random | offline: the trained one | reduced: random, over part of the vocabulary
     trains_draft: bool = False
     trains_policy: bool = True
+    train_when: str = "always"  # of a draft that is trained
 
 
 OFFLINE = Arm("offline", "rejection", "random", trains_draft=True, trains_policy=False)
@@ -62,10 +63,11 @@ ARMS = {
         Arm("none", "plain", ""),
         Arm("frozen", "rejection", "offline"),
         Arm("online", "rejection", "random", trains_draft=True),
+        Arm("pays", "rejection", "random", trains_draft=True, train_when="pays"),
         Arm("target_only", "target_only", "reduced", trains_draft=True),
     )
 }
-MAIN_ARMS = ("none", "frozen", "online")
+MAIN_ARMS = ("none", "frozen", "online", "pays")
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,6 +230,7 @@ def run_config(plan: Plan, place: Place, arm: Arm, seed: int, address: str = "")
         algorithm=AlgorithmConfig(),
         draft=DraftConfig(
             train=arm.trains_draft,
+            train_when=arm.train_when,
             draft_vocab_size=plan.reduced_vocab if arm.draft == "reduced" else 0,
             unroll=plan.num_steps,
             lr=plan.draft_lr,

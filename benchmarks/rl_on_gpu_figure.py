@@ -15,11 +15,12 @@ from benchmarks.rl_on_gpu_analysis import PLAIN, RunRecord, StepRecord
 from benchmarks.rl_on_gpu_goals import bucket_name
 from benchmarks.rl_on_gpu_report import buckets
 
-COLOURS = {"none": "#6b7280", "frozen": "#d97706", "online": "#2563eb", "target_only": "#9d5bc0"}
+COLOURS = {"none": "#6b7280", "frozen": "#d97706", "online": "#2563eb", "pays": "#0f766e", "target_only": "#9d5bc0"}
 LABELS = {
     "none": "no speculation",
     "frozen": "EAGLE-3, trained before, frozen",
     "online": "EAGLE-3, online from random",
+    "pays": "EAGLE-3, online when it pays",
     "target_only": "online, target-only rule, reduced vocabulary",
 }
 STYLE = {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3, "font.size": 9}

@@ -293,8 +293,8 @@ def test_ngram_hits_count_guesses_that_came_true():
 
 def test_main_arms_are_interleaved_and_the_first_place_rotates():
     jobs = [(arm.name, seed) for arm, seed in rl_on_gpu.interleaved_jobs(tuple(ARMS), (0, 1))]
-    first = [("none", 0), ("frozen", 0), ("online", 0)]
-    assert jobs == [*first, ("frozen", 1), ("online", 1), ("none", 1), ("target_only", 0)]
+    first = [("none", 0), ("frozen", 0), ("online", 0), ("pays", 0)]
+    assert jobs == [*first, ("frozen", 1), ("online", 1), ("pays", 1), ("none", 1), ("target_only", 0)]
 
 
 def test_an_arm_begins_only_when_it_will_be_over_in_time():
@@ -349,10 +349,11 @@ def test_only_the_offline_run_leaves_the_policy_as_it_is(tmp_path: Path):
     arms = [*ARMS.values(), rl_on_gpu_arms.OFFLINE]
     configs = {arm.name: rl_on_gpu_arms.run_config(REHEARSAL, Place(tmp_path), arm, 0) for arm in arms}
     assert [name for name, config in configs.items() if config.policy.lr == 0] == ["offline"]
-    assert [name for name, config in configs.items() if config.draft.train] == ["online", "target_only", "offline"]
+    when = {name: config.draft.when for name, config in configs.items() if config.draft.when != "never"}
+    assert when == {"online": "always", "pays": "pays", "target_only": "always", "offline": "always"}
     assert {name: config.rollout.speculative_algorithm for name, config in configs.items()} == {
         "none": "NONE"
-    } | dict.fromkeys(("frozen", "online", "target_only", "offline"), "EAGLE3")
+    } | dict.fromkeys(("frozen", "online", "pays", "target_only", "offline"), "EAGLE3")
     # all of a rollout's requests run from its start, which the analysis by live requests rests on
     assert all(config.rollout.max_running_requests == REHEARSAL.requests for config in configs.values())
     assert configs["target_only"].draft.draft_vocab_size and not configs["online"].draft.draft_vocab_size
@@ -399,7 +400,7 @@ def test_the_command_goes_on_where_it_was_cut_off(tmp_path: Path, small: None, m
 
 def check_outputs(out: Path) -> None:
     rows = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
-    assert [row["arm"] for row in rows if row["kind"] == "run"] == ["frozen", "none", "online", "target_only"]
+    assert [row["arm"] for row in rows if row["kind"] == "run"] == ["frozen", "none", "online", "pays", "target_only"]
     kinds = {row["kind"] for row in rows}
     assert kinds == {"start", "run", "phases", "sync", "speedup", "reward_test", "bucket", "catch_up", "goal"}
     assert all({"command", "hardware", "commit", "date", "plan", "versions"} <= set(row) for row in rows)
@@ -414,7 +415,7 @@ def check_outputs(out: Path) -> None:
 def test_without_time_nothing_begins_and_it_says_so(tmp_path: Path, small: None, capsys: pytest.CaptureFixture[str]):
     rl_on_gpu.main(["--rehearse", "--work", str(tmp_path / "w"), "--out", str(tmp_path / "o"), "--budget-s", "0"])
     said = capsys.readouterr().out
-    assert "0 of 7 runs are done" in said and "no time for none-0 frozen-0 online-0" in said
+    assert "0 of 9 runs are done" in said and "no time for none-0 frozen-0 online-0 pays-0" in said
     assert (tmp_path / "o" / "summary.md").read_text().count("Start policy") == 1
 
 
