@@ -357,3 +357,10 @@ def test_step_takes_medians_after_the_warm_up():
     rows = step.rows_of(lines, num_warmup=1)
     shown = [(row["phase"], row["median_s"], row["share"]) for row in rows]
     assert shown == [("rollout", 4.0, 0.8), ("policy", 1.0, 0.2)]
+
+
+@pytest.mark.parametrize("path", sorted(common.RESULTS.rglob("*.jsonl")), ids=lambda path: path.parent.name + path.stem)
+def test_recorded_results_can_be_read_and_say_where_they_are_from(path: Path):
+    for line in result_lines(path):
+        assert {"command", "hardware", "commit", "date"} <= line.keys(), sorted(line)
+        assert "/tmp/" not in line["command"] and not line["command"].startswith("/"), line["command"]
