@@ -5,17 +5,21 @@
     python -m benchmarks.draft_ablation_report      # the tables of docs/drafters.md
 
 Target and rollouts are made once per --work. Each finished (arm, seed) is one line of OUT/runs.jsonl; the same command
-goes on behind the last one. No arm begins that would end after --budget-s: OUT/about.json names what was left out.
+goes on behind the last one. Several calls with seeds of their own may run side by side on one --work and one --out: a
+small draft's update is bound by launches, and leaves most of a GPU idle. No arm begins that would end after --budget-s:
+OUT/about.json names what was left out.
 """
 
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -60,12 +64,36 @@ class Results:
     def add(self, record: dict[str, Any]) -> None:
         shared = {key: self.about[key] for key in ("fingerprint", "plan")}
         self.records.append(record | shared | self.about["origin"])
-        self.out.mkdir(parents=True, exist_ok=True)
-        write_file(self.out / RUNS, "".join(json.dumps(r, allow_nan=False) + "\n" for r in self.records))
+        with alone(self.out):
+            written = [*read_runs(self.out), self.records[-1]]  # another call's lines too
+            write_file(self.out / RUNS, "".join(json.dumps(r, allow_nan=False) + "\n" for r in written))
 
     def write_about(self, left_out: dict[str, str]) -> None:
-        self.out.mkdir(parents=True, exist_ok=True)
-        write_file(self.out / ABOUT, json.dumps(self.about | {"left_out": left_out}, indent=1) + "\n")
+        """What this call was asked for and left out, beside what others say of their seeds."""
+        seeds = set(self.about["asked"]["seeds"])
+        with alone(self.out):
+            told = read_about(self.out)
+            others = {run: why for run, why in told.get("left_out", {}).items() if _seed_of(run) not in seeds}
+            asked = {
+                key: list(dict.fromkeys([*told.get("asked", {}).get(key, ()), *self.about["asked"][key]]))
+                for key in ("arms", "seeds")
+            }
+            about = self.about | {"asked": asked | {"seeds": sorted(asked["seeds"])}, "left_out": others | left_out}
+            write_file(self.out / ABOUT, json.dumps(about, indent=1) + "\n")
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Calls that share a folder come in here one after another."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def read_about(out: Path) -> dict[str, Any]:
+    path = out / ABOUT
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
 def read_runs(out: Path) -> list[dict[str, Any]]:
@@ -88,6 +116,10 @@ def expected_s(arm: Arm, records: Sequence[dict[str, Any]]) -> float:
 
 def run_name(arm: Arm, seed: int) -> str:
     return f"{arm.name}, seed {seed}"
+
+
+def _seed_of(run: str) -> int:
+    return int(run.rpartition(" ")[2])
 
 
 def _work(arm: Arm) -> float:
@@ -157,8 +189,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         torch.set_num_threads(args.threads)
     sys.stdout.reconfigure(line_buffering=True)
     work = args.work.resolve()
-    work.mkdir(parents=True, exist_ok=True)
-    texts = load_texts(plan, work, args.device)
+    with alone(work):  # the first call makes what the others read
+        texts = load_texts(plan, work, args.device)
     told = json.loads(json.dumps(asdict(plan)))  # as it is read back
     base, *others = arms_of(plan)
     arms = [base, *(arm for arm in others if arm.axis in args.axes)]

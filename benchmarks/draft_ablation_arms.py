@@ -155,6 +155,7 @@ def arms_of(plan: Plan) -> tuple[Arm, ...]:
             for kind in (base.loss, LossKind.FORWARD_KL, LossKind.CROSS_ENTROPY)
         ),
         replace(base, name="tokens x 4", axis="length", updates=4 * plan.updates),
+        replace(base, name="tokens x 4, unroll 7", axis="length", updates=4 * plan.updates, unroll=7),
     )
 
 

@@ -39,7 +39,7 @@ def test_an_arm_differs_from_the_base_in_what_it_is_named_for():
             "window": {"window", "first_tokens"},
             "temperature": {"temperature", "loss"},
             "vocabulary": {"draft_vocab", "loss"},
-            "length": {"updates"},
+            "length": {"updates", "unroll"},
         }
         assert differs and differs <= allowed[arm.axis], arm.name
         if arm.axis != "length":
@@ -185,6 +185,28 @@ def test_the_command_goes_on_where_it_was_cut_off(tmp_path: Path, small: None, m
 
     with pytest.raises(ConfigError, match="holds runs on other texts or of other sizes"):
         draft_ablation.main([*command, "--updates", "5"])
+
+
+def test_calls_side_by_side_share_their_folder(tmp_path: Path):
+    """Each was opened before the other had finished anything."""
+
+    def opened(*seeds: int) -> draft_ablation.Results:
+        asked = {"arms": [BASE], "seeds": list(seeds)}
+        about = {"fingerprint": "f", "plan": {}, "origin": {"command": "c"}, "asked": asked}
+        return draft_ablation.Results.open(tmp_path, about)
+
+    first, second = opened(1), opened(0)
+    base = arms_of(REHEARSAL)[0]
+    first.write_about({"base, seed 1": "no time"})
+    for results, seed in ((first, 1), (second, 0)):
+        results.add({"arm": asdict(base), "seed": seed})
+    second.write_about({"base, seed 0": "no time"})
+    first.write_about({})
+    assert {record["seed"] for record in lines(tmp_path)} == {0, 1}
+    about = draft_ablation.read_about(tmp_path)
+    assert about["asked"]["seeds"] == [0, 1] and about["left_out"] == {"base, seed 0": "no time"}
+    third = opened(0, 1)
+    assert third.has(base, 0) and third.has(base, 1)
 
 
 def test_without_time_nothing_begins_and_the_tables_say_so(
