@@ -150,6 +150,7 @@ def _environment(device: str, work_dir: Path) -> dict[str, str]:
     env["PYTHONPATH"] = os.pathsep.join([str(visible), *inherited])
     # Lets the server's context be a little longer than the model's, see sglang_flags, and a draft's shorter.
     env["SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN"] = "1"
+    env.pop("SGLANG_RETURN_ORIGINAL_LOGPROB", None)  # log-probs at temperature 1, whatever was sampled at
     if device == "cpu":
         env["SGLANG_USE_CPU_ENGINE"] = "1"
     return env

@@ -113,6 +113,13 @@ def test_a_server_is_no_rank_of_the_trainer(tmp_path: Path, monkeypatch: pytest.
     assert not found.keys() & set(of_torchrun) and found["LOCAL_DATA"] == "1"
 
 
+def test_a_server_reports_log_probs_at_the_rollouts_temperature(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SGLANG_RETURN_ORIGINAL_LOGPROB", "1")
+    assert "SGLANG_RETURN_ORIGINAL_LOGPROB" not in _environment("cpu", tmp_path)
+
+
 @pytest.mark.parametrize("inherited", ["", "lib"])
 def test_a_server_finds_the_loader_from_a_folder_that_was_named_relative_to_here(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inherited: str

@@ -96,6 +96,14 @@ def test_what_a_server_can_do_is_let_through() -> None:
     assert check_start(replace(PLAIN, speculative_algorithm="EAGLE3", allow_lossy=True)).device == "cpu"
 
 
+def test_simulated_acceptance_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SGLANG_SIMULATE_ACC_LEN", "3")
+    speculating = replace(PLAIN, speculative_algorithm="EAGLE3", temperature=0.0)
+    with pytest.raises(EngineConfigError, match="SGLANG_SIMULATE_ACC_LEN is set: drafts would be accepted by decree"):
+        check_start(speculating)
+    assert check_start(PLAIN) and check_start(replace(speculating, allow_lossy=True))
+
+
 def test_a_flag_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     (tmp_path / "packages" / "sglang" / "srt" / "server_args.py").unlink()
     with pytest.raises(EngineConfigError, match=r"server_args\.py cannot be read.*install SGLang again"):
