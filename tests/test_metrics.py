@@ -65,14 +65,6 @@ def test_running_requests_follow_from_finish_times():
     assert m.running_by_time(points, end_s=4.0, num_bins=4) == [2.0, 2.0, 2.0, 1.0]
 
 
-def test_logp_diff_pairs_tokens():
-    got = m.logp_diff([[-1.0, -2.0], [-3.0]], [[-1.0, -2.5], [-3.1]])
-    assert got["logp_diff_mean"] == pytest.approx(0.2)
-    assert got["logp_diff_max"] == 0.5
-    with pytest.raises(ValueError):
-        m.logp_diff([[-1.0]], [[-1.0, -2.0]])
-
-
 def test_probe_compares_tokens_per_second():
     got = m.plain_probe_metrics([sample(0, 20, 1.0)], 2.0, [sample(0, 10, 1.0)], 2.0)
     assert got == {"speedup_vs_plain": 2.0, "plain_tokens_per_s": 5.0}

@@ -134,17 +134,6 @@ def running_by_time(points: Sequence[tuple[float, int]], end_s: float, num_bins:
     return [a / width for a in area]
 
 
-def logp_diff(train: Sequence[Sequence[float]], rollout: Sequence[Sequence[float]]) -> dict[str, Any]:
-    """|logp_train - logp_rollout| over all response tokens: the mean and the maximum, in nats.
-
-    Both are lists by sample of lists by token; a sample whose lengths differ raises ValueError (zip's).
-    """
-    gaps = [abs(a - b) for t, r in zip(train, rollout, strict=True) for a, b in zip(t, r, strict=True)]
-    if not gaps:
-        return {}
-    return {"logp_diff_mean": math.fsum(gaps) / len(gaps), "logp_diff_max": max(gaps)}
-
-
 def plain_probe_metrics(
     spec: Sequence[Sample], spec_s: float, plain: Sequence[Sample], plain_s: float
 ) -> dict[str, Any]:
