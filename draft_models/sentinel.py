@@ -28,11 +28,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from draft_models.forecast import forecast_acceptance
+from draft_models.histogram_law import (
+    STRONGEST,
+    bounds,
+    step_law,
+    step_log_norm,
+    texts_log_norm,
+    texts_variance,
+    unsure,
+)
 
-_STRENGTHS = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0)  # nats an accepted draft
+_STRENGTHS = (0.125, 0.25, 0.5, 1.0, 2.0, STRONGEST)  # nats an accepted draft
 _GROUPS = ("all", "first", "later")  # which drafts a bet looks at
 _TRACE_WIDTH = 3
 
@@ -125,8 +133,8 @@ def look_at_traces(posterior_QK: Tensor, num_chains: Sequence[int], traces: Sequ
     chance_SK = torch.where(inside_SK, posterior_QK.cpu().double()[starts], 0.0)
     exponent_CM = _exponents(depth)
     after_SCM = torch.zeros(len(starts), 1, depth + 1, dtype=torch.float64)
-    log_norm_SC = _log_norm(*_bounds(chance_SK, inside_SK, min_effect), after_SCM, exponent_CM)
-    variance_F = _step_variance(_law(_unsure(chance_SK, inside_SK, min_effect)), _features(depth)).sum(0)
+    log_norm_SC = step_log_norm(*bounds(chance_SK, inside_SK, min_effect), after_SCM, exponent_CM)
+    variance_F = _step_variance(step_law(unsure(chance_SK, inside_SK, min_effect)), _features(depth)).sum(0)
     return Look(
         num_steps=torch.tensor(len(starts), dtype=torch.float64),
         observed_K=(accepted_S[:, None] > position_K).sum(0).double(),
@@ -148,26 +156,20 @@ def look_at_counts(
     """
     depth = posterior_QK.shape[1]
     counts_BM = torch.tensor([kept_histogram(h, n) for h, n in zip(histograms, num_chains, strict=True)]).double()
-    num_chains_B = torch.tensor(num_chains)
-    rank_C = torch.arange(max(num_chains))
-    exists_BC = rank_C < num_chains_B[:, None]
-    inside_BCK = torch.arange(depth) < (num_chains_B[:, None] - rank_C)[..., None]
-    chance_BCK = torch.zeros(inside_BCK.shape, dtype=torch.float64)
-    chance_BCK[exists_BC] = posterior_QK.cpu().double()
-    chance_BCK = torch.where(inside_BCK, chance_BCK, 0.0)
+    chance_QK = posterior_QK.cpu().double()
     exponent_CM = _exponents(depth)
-    log_norm_BC = _text_log_norm(*_bounds(chance_BCK, inside_BCK, min_effect), exponent_CM)
-    forecast = forecast_acceptance(posterior_QK, num_chains, depth)
+    log_norm_C = texts_log_norm(chance_QK, num_chains, exponent_CM, min_effect)
+    forecast = forecast_acceptance(chance_QK, num_chains, depth)
     rate_K = torch.tensor(forecast.accepted_by_position, dtype=torch.float64) / forecast.num_verify_steps
     feature_MF = _features(depth) - torch.cat((rate_K, rate_K.sum()[None]))
-    variance_F = _text_variance(_law(_unsure(chance_BCK, inside_BCK, min_effect)), num_chains_B, feature_MF).sum(0)
+    variance_F = texts_variance(chance_QK, num_chains, feature_MF, min_effect)
     return Look(
         num_steps=counts_BM.sum(),
         observed_K=torch.stack([counts_BM[:, position + 1 :].sum() for position in range(depth)]),
         expected_K=rate_K * counts_BM.sum(),
         variance_K=variance_F[:depth],
         variance=variance_F[depth],
-        log_gain_C=(counts_BM @ exponent_CM.T - log_norm_BC).sum(0),
+        log_gain_C=exponent_CM @ counts_BM.sum(0) - log_norm_C,
     )
 
 
@@ -208,47 +210,6 @@ def _exponents(depth: int) -> Tensor:
     return torch.tensor([[bet.exponent(n) for n in range(depth + 1)] for bet in BETS], dtype=torch.float64)
 
 
-def _bounds(chance: Tensor, inside: Tensor, min_effect: float) -> tuple[Tensor, Tensor]:
-    """The least and the greatest chance of a sound engine; nothing stands behind the end of a text."""
-    return (chance - min_effect).clamp(min=0) * inside, (chance + min_effect).clamp(max=1) * inside
-
-
-def _log_norm(low_NK: Tensor, high_NK: Tensor, after_NCM: Tensor, exponent_CM: Tensor) -> Tensor:
-    """log of the greatest E[exp(exponent(n) + after(n))] that chances between the bounds allow, [N, C]."""
-    value_NC = after_NCM[..., -1] + exponent_CM[:, -1]
-    stands_2NK1 = torch.stack((low_NK, high_NK))[..., None]
-    log_2NK1, log_not_2NK1 = stands_2NK1.log(), (1 - stands_2NK1).log()
-    for position in reversed(range(low_NK.shape[1])):
-        rejected_NC = after_NCM[..., position] + exponent_CM[:, position]
-        wins_NC = value_NC > rejected_NC  # the greater chance of what is worth more is the greatest
-        log_NC = torch.where(wins_NC, log_2NK1[1, :, position], log_2NK1[0, :, position])
-        log_not_NC = torch.where(wins_NC, log_not_2NK1[1, :, position], log_not_2NK1[0, :, position])
-        value_NC = torch.logaddexp(log_NC + value_NC, log_not_NC + rejected_NC)
-    return value_NC
-
-
-def _text_log_norm(low_BCK: Tensor, high_BCK: Tensor, exponent_CM: Tensor) -> Tensor:
-    """`_log_norm` of whole texts [B, bets], by ranks from the last to the first. Behind a text's end it stays 0."""
-    num_texts, num_chains, depth = low_BCK.shape
-    after_BCR = torch.zeros(num_texts, len(exponent_CM), num_chains + depth + 1, dtype=torch.float64)
-    for rank in reversed(range(num_chains)):
-        after_BCM = after_BCR[..., rank + 1 : rank + depth + 2]
-        after_BCR[..., rank] = _log_norm(low_BCK[:, rank], high_BCK[:, rank], after_BCM, exponent_CM)
-    return after_BCR[..., 0]
-
-
-def _unsure(chance: Tensor, inside: Tensor, min_effect: float) -> Tensor:
-    """Chances for a variance: rounding turns over up to `min_effect` of the decisions that the text makes certain."""
-    return chance.clamp(min_effect, 1 - min_effect) * inside
-
-
-def _law(chance_NK: Tensor) -> Tensor:
-    """P(n drafts accepted) [.., K + 1] of conditional chances by position [.., K]."""
-    reach_NM = pad(chance_NK.cumprod(-1), (1, 1))
-    reach_NM[..., 0] = 1.0
-    return reach_NM[..., :-1] - reach_NM[..., 1:]
-
-
 def _features(depth: int) -> Tensor:
     """[K + 1, K + 1]: what n accepted drafts add to each position's count, and in the last column to all."""
     accepted_M1 = torch.arange(depth + 1)[:, None]
@@ -257,23 +218,6 @@ def _features(depth: int) -> Tensor:
 
 def _step_variance(law_SM: Tensor, feature_MF: Tensor) -> Tensor:
     return law_SM @ feature_MF**2 - (law_SM @ feature_MF) ** 2
-
-
-def _text_variance(law_BCM: Tensor, num_chains_B: Tensor, feature_MF: Tensor) -> Tensor:
-    """Variance [B, F] of a feature's sum over the steps of a text, by ranks from the last to the first."""
-    num_texts, num_chains, width = law_BCM.shape
-    mean_BRF = torch.zeros(num_texts, num_chains + width, feature_MF.shape[1], dtype=torch.float64)
-    variance_BRF = torch.zeros_like(mean_BRF)
-    for rank in reversed(range(num_chains)):
-        following = slice(rank + 1, rank + 1 + width)
-        law_BM1 = law_BCM[:, rank, :, None]
-        value_BMF = feature_MF + mean_BRF[:, following]
-        mean_BF = (law_BM1 * value_BMF).sum(1)
-        spread_BMF = (value_BMF - mean_BF[:, None]) ** 2 + variance_BRF[:, following]
-        exists_B1 = (rank < num_chains_B)[:, None]  # behind a text's end there is no step
-        mean_BRF[:, rank] = mean_BF * exists_B1
-        variance_BRF[:, rank] = (law_BM1 * spread_BMF).sum(1) * exists_B1
-    return variance_BRF[:, 0]
 
 
 # ------------------------------------------------------------ evidence over looks
@@ -408,11 +352,11 @@ def visible_change(acceptance: Sequence[float], num_steps: int, *, alpha: float,
     inside_1K = torch.ones_like(chance_1K)
     exponent_CM = _exponents(depth)
     after_1CM = torch.zeros(1, 1, depth + 1, dtype=torch.float64)
-    log_norm_C = _log_norm(*_bounds(chance_1K, inside_1K, min_effect), after_1CM, exponent_CM)[0]
+    log_norm_C = step_log_norm(*bounds(chance_1K, inside_1K, min_effect), after_1CM, exponent_CM)[0]
     needed = -math.log(alpha)
 
     def evidence(change: float) -> float:
-        law_M = _law((chance_1K - change).clamp(min=0))[0]
+        law_M = step_law((chance_1K - change).clamp(min=0))[0]
         gain_C = num_steps * (exponent_CM @ law_M - log_norm_C)
         return float(gain_C.logsumexp(0)) - math.log(2 * len(BETS))  # half of the capital enters at the first look
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from draft_models.forecast import EmittedTokens, accept_posterior
+from draft_models.histogram_law import texts_log_norm, texts_log_norm_plain, texts_variance, texts_variance_plain
 from draft_models.sentinel import (
     BETS,
     Look,
@@ -109,6 +110,26 @@ def test_no_bet_wins_on_differences_within_the_tolerance(shift: float | str) -> 
         gains[min_effect] = gain
     assert float(gains[0.1].max()) <= 1 + 1e-9
     assert float(gains[0.02].max(1).values.min()) > 1.01
+
+
+@pytest.mark.parametrize("min_effect", [0.0, 0.02])
+@pytest.mark.parametrize("depth", [1, 3, 7])
+def test_the_law_by_tokens_is_the_law_by_steps(depth: int, min_effect: float) -> None:
+    """Texts of all lengths, some of which no float64 holds without its scale; also chances that are certain."""
+    generator = torch.Generator().manual_seed(depth)
+    num_chains = [1, 301, 2, depth, depth + 1, 64, 65, 1, 130]
+    chance_QK = torch.rand(sum(num_chains), depth, generator=generator, dtype=torch.float64)
+    chance_QK[1:302] = 1.0
+    chance_QK[310::3] = chance_QK[310::3].round()
+    exponent_CM = torch.tensor([[bet.exponent(n) for n in range(depth + 1)] for bet in BETS], dtype=torch.float64)
+    feature_MF = torch.randn(depth + 1, 4, generator=generator, dtype=torch.float64)
+    for fast, plain, values in (
+        (texts_log_norm, texts_log_norm_plain, exponent_CM),
+        (texts_variance, texts_variance_plain, feature_MF),
+    ):
+        expected = plain(chance_QK, num_chains, values, min_effect)
+        torch.testing.assert_close(fast(chance_QK, num_chains, values, min_effect), expected, rtol=1e-10, atol=1e-10)
+        assert float(expected.abs().max()) > (800 if values is exponent_CM and depth > 1 else 1)
 
 
 def test_drafts_behind_the_end_of_a_text_are_taken_out() -> None:
