@@ -71,24 +71,21 @@ def read_data(args: argparse.Namespace) -> TextRows:
     return load_texts(args.data, data_config(args), args.response_key, tokenizer, limits)
 
 
-def given_texts(rows: Sequence[TextRow], temperatures: Sequence[float]) -> list[Text]:
-    """Finished rollouts as they are, once for each temperature under which they are to be scored."""
+def given_text(rows: Sequence[TextRow], temperature: float) -> Text:
+    """Finished rollouts as they are, sampled at `temperature`."""
     prompts = {prompt: number for number, prompt in enumerate(dict.fromkeys(row.prompt_ids for row in rows))}
-    texts = []
-    for temperature in temperatures:
-        sampling = SamplingParams(temperature=temperature)
-        samples = [
-            Sample(
-                RolloutRequest(prompts[row.prompt_ids], i, row.prompt_ids, sampling),
-                row.response_ids or (),
-                (),
-                (),
-                FinishReason.STOP,
-            )
-            for i, row in enumerate(rows)
-        ]
-        texts.append(Text(temperature, samples))
-    return texts
+    sampling = SamplingParams(temperature=temperature)
+    samples = [
+        Sample(
+            RolloutRequest(prompts[row.prompt_ids], i, row.prompt_ids, sampling),
+            row.response_ids or (),
+            (),
+            (),
+            FinishReason.STOP,
+        )
+        for i, row in enumerate(rows)
+    ]
+    return Text(temperature, samples)
 
 
 def roll_out(args: argparse.Namespace, policy: BenchPolicy) -> list[Text]:
@@ -275,12 +272,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     given = None if args.data is None else read_data(args)
+    if given is not None and not given.are_prompts and len(args.temperatures) != 1:
+        raise ConfigError(
+            f"{args.data} holds finished rollouts, whose acceptance is known at the temperature that they were sampled "
+            "at alone: give it as --temperatures T"
+        )
     prompts = None if given is None else [row.prompt_ids for row in given.rows]
     policy = load_policy(args.policy, args.prompts, data_config(args), args.dtype, args.device, prompts=prompts)
     if given is None or given.are_prompts:
         texts = roll_out(args, policy)
     else:
-        texts = given_texts(given.rows[: args.samples], args.temperatures)
+        texts = [given_text(given.rows[: args.samples], args.temperatures[0])]
     drafts = {str(path): load_draft(path, policy.hf_config) for path in args.draft}
     drafts["random"] = Eagle3(Eagle3Config.from_target(policy.hf_config, DraftConfig()))
     placed = {name: draft.to(policy.decoder.dtype).to(policy.decoder.device) for name, draft in drafts.items()}

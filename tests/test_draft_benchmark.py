@@ -182,6 +182,17 @@ def test_finished_rollouts_are_scored_as_they_are(target: Path, tmp_path: Path):
     assert row["ngram_tokens_per_verify"] > 2.0  # the second repeats the first, which repeats itself
 
 
+def test_finished_rollouts_have_one_temperature(target: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    data = tmp_path / "rollouts.jsonl"
+    data.write_text('{"prompt": [5, 6, 7], "response": [8, 9]}\n')
+    with pytest.raises(SystemExit) as exit_:
+        common.run(lambda: draft.main(["--target", str(target), "--data", str(data)]))
+    said = capsys.readouterr().err
+    assert (
+        exit_.value.code == 2 and "finished rollouts" in said and "--temperatures T" in said and said.count("\n") == 1
+    )
+
+
 def test_prompts_of_a_file_are_answered_first(target: Path, tmp_path: Path):
     data, results = tmp_path / "prompts.jsonl", tmp_path / "draft.jsonl"
     data.write_text('{"prompt": [5, 6, 7]}\n{"prompt": [9, 6, 7]}\n')
