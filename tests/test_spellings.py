@@ -15,6 +15,7 @@ from draft_models.eagle3 import DraftError, Eagle3
 from draft_models.spellings import SpelledDraft, Spelling, Target, from_sglang, spelling_of, to_sglang
 from draft_models.vllm_names import check_vllm, vllm_parameters
 from tests.draft_helpers import TARGET_CONFIG, small_draft
+from trainer.convert_draft import vllm_verdict
 
 TARGET = Target("org/policy", TARGET_CONFIG | {"architectures": ["Qwen3ForCausalLM"]})
 SIZES = [0, 11]
@@ -148,6 +149,13 @@ def test_vllm_has_a_place_for_every_tensor(spelling: Spelling, draft_vocab_size:
             check_vllm(draft.config, shapes | {name: (*shapes[name][:-1], shapes[name][-1] + 1)})
     with pytest.raises(DraftError, match="no place"):
         check_vllm(draft.config, shapes | {"midlayer.self_attn.q_norm.weight": (8,)})
+
+
+def test_the_user_is_told_which_spelling_is_for_vllm() -> None:
+    draft = small_draft()
+    assert vllm_verdict(draft, Spelling.SPECULATORS).endswith("(checked, not run)")
+    for spelling in (Spelling.SGLANG, Spelling.SPECFORGE):
+        assert vllm_verdict(draft, spelling).endswith("--export speculators")
 
 
 def test_vllms_fused_parameters_have_the_rows_of_their_parts() -> None:

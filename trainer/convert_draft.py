@@ -47,13 +47,16 @@ def save_draft_as(draft: Eagle3, folder: Path, spelling: Spelling, target: Targe
     _write(theirs, folder)
 
 
-def vllm_verdict(draft: Eagle3) -> str:
-    """One sentence for the user: whether vLLM's loader would take the draft's tensors."""
+def vllm_verdict(draft: Eagle3, spelling: Spelling) -> str:
+    """One sentence for the user: whether vLLM's loader would take the draft's tensors as they are spelt."""
     try:
         check_vllm(draft.config, {name: tuple(tensor.shape) for name, tensor in draft.named_tensors().items()})
     except DraftError as error:
         return f"vLLM would not load it: {error}"
-    return "names and shapes fit vLLM's EAGLE-3 loader (checked, not run)"
+    checked = "names and shapes fit vLLM's EAGLE-3 loader (checked, not run)"
+    if spelling is Spelling.SPECULATORS:
+        return checked
+    return f"{checked}, its layer ids do not, which vLLM counts by inputs: for vLLM --export speculators"
 
 
 def _as_sglang(draft: Eagle3) -> SpelledDraft:

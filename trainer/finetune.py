@@ -173,7 +173,7 @@ def _publish(tuning: Tuning, target: Target, cost: ReadCost, work: WorkDir, prog
     if why is not None:
         raise FinetuneError(f"not published to {config.out}: {why}; the draft lies in {folder}")
     if progress is not None:
-        progress.print(f"{folder}: a draft in the spelling of {spelling}; {vllm_verdict(draft)}")
+        progress.print(f"{folder}: a draft in the spelling of {spelling}; {vllm_verdict(draft, spelling)}")
         shutil.rmtree(work.checkpoints, ignore_errors=True)  # optimizer states, of no use any more
 
 
@@ -195,5 +195,5 @@ def _convert(config: FinetuneConfig, out: Path) -> int:
     draft = read_any_draft(Path(config.import_), target)
     spelling = Spelling(config.export)
     write_draft(draft, out, spelling, target)
-    print(f"{out}: a draft in the spelling of {spelling}; {vllm_verdict(draft)}")
+    print(f"{out}: a draft in the spelling of {spelling}; {vllm_verdict(draft, spelling)}")
     return 0
