@@ -23,6 +23,15 @@ _POSITION_MASK = (1 << _POSITION_BITS) - 1
 _LEVELS_OF_A_CHAIN = 2
 _SUPPORTS = 5
 
+# What CPython takes, measured: an index at its worst, just after its dictionaries have grown, and a store.
+_INDEXED_TOKEN_BYTES = 40
+_CHAINED_TOKEN_BYTES = 150  # by chain
+_INDEXED_TEXT_BYTES = 500
+_STORED_TOKEN_BYTES = 4
+_STORED_TEXT_BYTES = 320
+_PROMPT_TOKEN_BYTES = 40
+_PROMPT_BYTES = 1400
+
 
 @dataclass(frozen=True, slots=True)
 class Match:
@@ -53,6 +62,8 @@ class HistoryIndex:
         )
         self._texts: list[list[int]] = []
         self._indexed: list[int] = []  # tokens of each text that the chains know as followers
+        self._token_bytes = indexed_token_bytes(min_match, max_match)
+        self.num_bytes = 0  # about what it takes, and seldom more than it does
 
     def add(self, text: list[int], start: int = 0) -> int:
         """A text's number. It is kept by reference and may grow; what follows before `start` is never proposed.
@@ -65,6 +76,7 @@ class HistoryIndex:
         for chain in self._chains:
             chain.older.append(array("q"))
             chain.starts.append(start)
+        self.num_bytes += _INDEXED_TEXT_BYTES
         self.extend(number)
         return number
 
@@ -82,6 +94,7 @@ class HistoryIndex:
                 older.append(latest.get(key, -1))
                 latest[key] = place + position
         self._indexed[number] = end
+        self.num_bytes += (end - first) * self._token_bytes
 
     def look_up(self, number: int, num_tokens: int) -> Match | None:
         """Up to `num_tokens` that may follow text `number` now; None when its end was never seen before.
@@ -159,6 +172,12 @@ def match_levels(min_match: int, max_match: int) -> tuple[int, ...]:
     return tuple(levels)
 
 
+def indexed_token_bytes(min_match: int, max_match: int) -> int:
+    """Memory that an index takes for a token, at its worst."""
+    num_chains = -(-len(match_levels(min_match, max_match)) // _LEVELS_OF_A_CHAIN)
+    return _INDEXED_TOKEN_BYTES + num_chains * _CHAINED_TOKEN_BYTES
+
+
 def num_kinds(num_levels: int) -> int:
     return num_levels * _SUPPORTS
 
@@ -177,24 +196,26 @@ class _Finished:
 
 
 class HistoryStore:
-    """Finished responses by what their prompt says, of at most `max_tokens`; those that finished first go first.
+    """Finished responses by what their prompt says, in at most `max_bytes`; those that finished first go first.
 
-    A prompt is its token ids: other numbers that a run gives it change from epoch to epoch. A prompt's own tokens
-    count as often as it has responses, which bounds from above what is held.
+    A prompt is its token ids: other numbers that a run gives it change from epoch to epoch.
     """
 
-    def __init__(self, max_tokens: int) -> None:
-        self._max_tokens = max_tokens
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
         self._by_age: deque[_Finished] = deque()
         self._by_prompt: dict[tuple[int, ...], deque[_Finished]] = {}
-        self.num_tokens = 0
+        self.num_bytes = 0  # about what is held
 
     def add(self, prompt: tuple[int, ...], response: Sequence[int]) -> None:
         text = _Finished(prompt, array("i", response))
+        if prompt not in self._by_prompt:
+            self._by_prompt[prompt] = deque()
+            self.num_bytes += _prompt_bytes(prompt)
         self._by_age.append(text)
-        self._by_prompt.setdefault(prompt, deque()).append(text)
-        self.num_tokens += len(prompt) + len(response)
-        while self.num_tokens > self._max_tokens:
+        self._by_prompt[prompt].append(text)
+        self.num_bytes += _text_bytes(text)
+        while self.num_bytes > self._max_bytes:
             self._forget_oldest()
 
     def responses(self, prompt: tuple[int, ...], max_tokens: int) -> list[list[int]]:
@@ -219,10 +240,10 @@ class HistoryStore:
         }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Replaces what is held; of more than `max_tokens` the oldest are left out."""
+        """Replaces what is held; of more than `max_bytes` the oldest are left out."""
         self._by_age.clear()
         self._by_prompt.clear()
-        self.num_tokens = 0
+        self.num_bytes = 0
         prompts = [tuple(part.tolist()) for part in state["prompt_tokens"].split(state["prompt_lengths"].tolist())]
         responses = state["tokens"].split(state["lengths"].tolist())
         for response, prompt in zip(responses, state["prompts"].tolist(), strict=True):
@@ -232,9 +253,18 @@ class HistoryStore:
         text = self._by_age.popleft()
         same_prompt = self._by_prompt[text.prompt]
         same_prompt.popleft()
+        self.num_bytes -= _text_bytes(text)
         if not same_prompt:
             del self._by_prompt[text.prompt]
-        self.num_tokens -= len(text.prompt) + len(text.response)
+            self.num_bytes -= _prompt_bytes(text.prompt)
+
+
+def _text_bytes(text: _Finished) -> int:
+    return _STORED_TEXT_BYTES + _STORED_TOKEN_BYTES * len(text.response)
+
+
+def _prompt_bytes(prompt: Sequence[int]) -> int:
+    return _PROMPT_BYTES + _PROMPT_TOKEN_BYTES * len(prompt)
 
 
 def _joined(parts: Sequence[array[int]]) -> torch.Tensor:

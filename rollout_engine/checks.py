@@ -64,6 +64,16 @@ def check_config(
 
 def check_history(speculation: SpeculationConfig, config: RolloutConfig) -> None:
     """Raise EngineConfigError where the engine has no history drafter, or its settings contradict each other."""
+    shortest, longest = speculation.history_min_match, speculation.history_max_match
+    if not 1 <= shortest <= longest:
+        raise EngineConfigError(
+            f"speculation.history_min_match = {shortest} and history_max_match = {longest}: they must be at least 1 "
+            "and in this order"
+        )
+    if not 0 <= speculation.history_min_confidence <= 1:
+        raise EngineConfigError(
+            f"speculation.history_min_confidence = {speculation.history_min_confidence}: it must be 0 to 1"
+        )
     if not speculation.history:
         return
     if config.engine != "torch":
@@ -75,16 +85,6 @@ def check_history(speculation: SpeculationConfig, config: RolloutConfig) -> None
         raise EngineConfigError(
             f"speculation.history = true with rollout.speculative_algorithm = {config.speculative_algorithm!r}: "
             "history drafts stand beside EAGLE3's; use that, or leave history out"
-        )
-    shortest, longest = speculation.history_min_match, speculation.history_max_match
-    if not 1 <= shortest <= longest:
-        raise EngineConfigError(
-            f"speculation.history_min_match = {shortest} and history_max_match = {longest}: they must be at least 1 "
-            "and in this order"
-        )
-    if not 0 <= speculation.history_min_confidence <= 1:
-        raise EngineConfigError(
-            f"speculation.history_min_confidence = {speculation.history_min_confidence}: it must be 0 to 1"
         )
 
 

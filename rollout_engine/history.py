@@ -6,21 +6,24 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from draft_models.history import HistoryIndex, HistoryStore, Match
+from draft_models.history import HistoryIndex, HistoryStore, Match, indexed_token_bytes
 from rollout_engine.config import SpeculationConfig
 from rollout_engine.history_plan import SourcePlanner
 from rollout_engine.rows import Row
 from rollout_engine.speculation import DepthController, SpecPlan
 
-_INDEXED_TOKENS = 1 << 16  # of a prompt's earlier responses: what its first request waits for, about 0.5 us a token
+_INDEXED_TOKENS = 1 << 16  # of a prompt's earlier responses: what its first request waits for, about 0.7 us a token
+_SHARE_OF_FREE = 8  # of the memory left for indices, a new one takes an eighth: those after it need room too
 
 
 class HistoryDrafter:
     """An index for every prompt that has requests running, over its earlier responses and all its siblings.
 
-    An index is made with the first of a prompt's requests and dropped with the last. What a row finds depends on how
-    far its siblings are, hence on scheduling: under TARGET_ONLY and REJECTION so do the tokens, though not their law;
-    under GREEDY and COUPLED nothing does.
+    An index is made with the first of a prompt's requests and dropped with the last. Finished texts take half of
+    `history_max_bytes`; of the other half indices of earlier texts get what those being written leave.
+
+    What a row finds depends on how far its siblings are, hence on scheduling: under TARGET_ONLY and REJECTION so do
+    the tokens, though not their law; under GREEDY and COUPLED nothing does.
 
     That law needs a seed of its own for every request, in later epochs too. A text that was drawn with the very numbers
     which verify it now tells what they will be: under TARGET_ONLY and REJECTION its tokens are no fair proposal.
@@ -30,7 +33,9 @@ class HistoryDrafter:
         """`controller` plans the draft model's chains of up to `max_depth` tokens; history stands beside it."""
         self._planner = SourcePlanner(controller, config, max_depth)
         self._match_lengths = (config.history_min_match, config.history_max_match)
-        self._store = HistoryStore(config.history_max_tokens)
+        self._token_bytes = indexed_token_bytes(*self._match_lengths)
+        self._max_bytes = config.history_max_bytes // 2  # of the store, and of the indices
+        self._store = HistoryStore(self._max_bytes)
         self.reset()
 
     def reset(self) -> None:
@@ -103,9 +108,15 @@ class HistoryDrafter:
         prompt = row.request.prompt_ids
         index = self._indices.get(prompt)
         if index is None:
+            earlier = self._store.responses(prompt, self._indexed_tokens())
             index = self._indices[prompt] = HistoryIndex(*self._match_lengths)
             index.add(list(prompt))
-            for response in self._store.responses(prompt, _INDEXED_TOKENS):
+            for response in earlier:
                 index.add([*prompt, *response], start=len(prompt))
         running = self._running[row.request.key] = (index, index.add(row.tokens, start=len(prompt)))
         return running
+
+    def _indexed_tokens(self) -> int:
+        """How much of its prompt's earlier responses a new index takes in."""
+        free = self._max_bytes - sum(index.num_bytes for index in self._indices.values())
+        return min(_INDEXED_TOKENS, max(free, 0) // (_SHARE_OF_FREE * self._token_bytes))

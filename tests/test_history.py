@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
+import tracemalloc
 from collections import Counter
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -107,33 +109,34 @@ def test_lengths_that_make_no_sense_are_refused() -> None:
 
 
 def test_the_oldest_texts_are_forgotten_first() -> None:
-    store = HistoryStore(max_tokens=20)
     a, b = (1, 2), (3, 4, 5)
-    store.add(a, [10] * 6)
-    store.add(b, [11] * 4)
-    assert store.num_tokens == 15
-    store.add(a, [12] * 2)
-    assert store.num_tokens == 19 and store.responses(a, 100) == [[10] * 6, [12] * 2]
+    prompts = sum(map(history_module._prompt_bytes, (a, b)))
+    text = history_module._STORED_TEXT_BYTES + 4 * 100
+    store = HistoryStore(max_bytes=prompts + 3 * text)
+    store.add(a, [10] * 100)
+    store.add(b, [11] * 100)
+    store.add(a, [12] * 100)
+    assert store.num_bytes == prompts + 3 * text and store.responses(a, 1000) == [[10] * 100, [12] * 100]
     store.add(b, [13])
-    assert store.num_tokens == 15  # the eight of the first went
-    assert store.responses(a, 100) == [[12] * 2] and store.responses(b, 100) == [[11] * 4, [13]]
-    assert store.responses(b, 4) == [[13]] and store.responses((9,), 4) == []
-    store.add(a, [14] * 50)
-    assert store.num_tokens == 0 and store.responses(b, 100) == []
+    assert store.num_bytes == prompts + 3 * text - 4 * 99  # the first went
+    assert store.responses(a, 1000) == [[12] * 100] and store.responses(b, 1000) == [[11] * 100, [13]]
+    assert store.responses(b, 100) == [[13]] and store.responses((9,), 4) == []
+    store.add(a, [14] * 5000)
+    assert store.num_bytes == 0 and store.responses(b, 1000) == []
 
 
-@pytest.mark.parametrize("max_tokens", [10_000, 300])
-def test_a_store_resumes_from_its_state(max_tokens: int, tmp_path) -> None:
+@pytest.mark.parametrize("max_bytes", [100_000, 8_000])
+def test_a_store_resumes_from_its_state(max_bytes: int, tmp_path) -> None:
     rng = random.Random(0)
-    store = HistoryStore(10_000)
+    store = HistoryStore(100_000)
     prompts = [tuple(rng.randrange(50_000) for _ in range(rng.randrange(1, 9))) for _ in range(5)]
     for _ in range(60):
         store.add(rng.choice(prompts), [rng.randrange(150_000) for _ in range(rng.randrange(0, 20))])
     torch.save(store.state(), tmp_path / "state.pt")
-    restored = HistoryStore(max_tokens)
+    restored = HistoryStore(max_bytes)
     restored.add((7,), [1, 2, 3])
     restored.load_state(torch.load(tmp_path / "state.pt", weights_only=True))
-    assert restored.num_tokens <= max_tokens
+    assert restored.num_bytes <= max_bytes
     for prompt in prompts:
         kept, all_of_them = restored.responses(prompt, 10_000), store.responses(prompt, 10_000)
         assert kept == all_of_them[len(all_of_them) - len(kept) :]
@@ -147,4 +150,42 @@ def test_a_store_resumes_from_its_state(max_tokens: int, tmp_path) -> None:
 def test_an_empty_store_has_a_state() -> None:
     store = HistoryStore(10)
     store.load_state(HistoryStore(10).state())
-    assert store.num_tokens == 0
+    assert store.num_bytes == 0
+
+
+# ------------------------------------------------------------------ memory
+
+
+def taken(make: Callable[[], object]) -> tuple[object, int]:
+    """What `make` returns, and the bytes that it holds on to."""
+    tracemalloc.start()
+    try:
+        made = make()
+        return made, tracemalloc.get_traced_memory()[0]
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize(("num_texts", "length"), [(44, 1000), (2200, 20), (5, 300)])
+@pytest.mark.parametrize("max_match", [3, 16, 32])
+def test_memory_is_what_is_said(num_texts: int, length: int, max_match: int) -> None:
+    """Random text over a large vocabulary, where everything is new; 44,000 tokens: the dictionaries have just grown."""
+    rng = random.Random(0)
+    prompt, responses = tuple(range(1000, 1016)), [rng.choices(range(150_000), k=length) for _ in range(num_texts)]
+
+    def fill() -> HistoryStore:
+        store = HistoryStore(1 << 30)
+        for response in responses:
+            store.add(prompt, response)
+        return store
+
+    def index() -> HistoryIndex:
+        index = HistoryIndex(2, max_match)
+        for response in store.responses(prompt, 1 << 30):
+            index.add([*prompt, *response], start=len(prompt))
+        return index
+
+    store, num_bytes = taken(fill)
+    assert isinstance(store, HistoryStore) and 0.5 * store.num_bytes < num_bytes < 1.02 * store.num_bytes
+    made, num_bytes = taken(index)
+    assert isinstance(made, HistoryIndex) and 0.5 * made.num_bytes < num_bytes < 1.02 * made.num_bytes

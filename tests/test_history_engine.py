@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import random
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,10 +13,12 @@ import torch
 
 import rollout_engine.history_plan as plan_module
 from draft_models.eagle3 import Eagle3
+from draft_models.history import indexed_token_bytes
 from rollout_engine.config import RolloutConfig, SpeculationConfig
 from rollout_engine.decoder import Decoder
 from rollout_engine.drafting import EagleDrafter
 from rollout_engine.history import HistoryDrafter
+from rollout_engine.rows import Row
 from rollout_engine.speculation import DepthController
 from rollout_engine.torch_engine import TorchEngine
 from rollout_engine.types import EngineConfigError, RolloutRequest, Sample
@@ -173,6 +177,28 @@ def test_indices_live_as_long_as_their_requests(pair64: Pair, monkeypatch: pytes
     next(abandoned)
     abandoned.close()
     assert not drafter._indices and not drafter._running and not drafter._expected
+
+
+def test_earlier_texts_are_indexed_in_what_memory_is_left() -> None:
+    """A new index takes an eighth, at most, of what the running ones leave of its half."""
+    rng = random.Random(0)
+    prompts = [(number, 1, 2) for number in range(4)]
+    token_bytes = indexed_token_bytes(ANY.history_min_match, ANY.history_max_match)
+
+    def indexed(max_bytes: int) -> tuple[list[int], int]:
+        drafter = HistoryDrafter(dataclasses.replace(ANY, history_max_bytes=max_bytes), DepthController(3, None), 3)
+        drafter.expect(prompts * 11)
+        for sample_id, prompt in itertools.product(range(10), prompts):
+            request = RolloutRequest(prompt[0], sample_id, prompt)
+            drafter.finish(Row(request, 200, [*prompt, *rng.choices(range(30_000), k=100)]))
+        drafter.look_up([Row(RolloutRequest(prompt[0], 10, prompt), 200, [*prompt]) for prompt in prompts], 3)
+        indices = drafter._indices.values()
+        return [len(index._texts) - 2 for index in indices], sum(index.num_bytes for index in indices)
+
+    assert indexed(1 << 29)[0] == [10] * 4
+    assert indexed(2 * 8 * 450 * token_bytes)[0] == [4, 3, 3, 3]  # of what is left, which is less each time
+    found, num_bytes = indexed(1000)
+    assert found == [0] * 4 and num_bytes == 4 * (2 * 500 + 3 * token_bytes)  # what is being written
 
 
 def test_the_adaptive_controller_measures_given_drafts_too(pair64: Pair) -> None:

@@ -55,7 +55,7 @@ _AT_LEAST_ONE = (
     "draft.max_tokens_per_update",
     "draft.capture_max_bytes",
     "speculation.history_min_match",
-    "speculation.history_max_tokens",
+    "speculation.history_max_bytes",
     "speculation.sentinel_tokens",
 )
 
