@@ -185,6 +185,9 @@ class SGLangEngine:
             pass
         self._flush()
 
+    def step_costs(self) -> None:
+        """Not known: the server tells nothing of its steps."""
+
     def state(self) -> dict[str, Any]:
         """Nothing to keep: the server drafts at a fixed depth."""
         return {}

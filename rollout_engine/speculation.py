@@ -267,6 +267,10 @@ class DepthController:
         self._num_plain_steps, self._probe_after = 0, min(2 * self._probe_after, _LAST_PROBE)
         return SpecPlan(1, min(batch, _PROBE_ROWS), is_probe=True)
 
+    def step_costs(self) -> CostTable | None:
+        """The table with what was learnt of each depth; None without one."""
+        return self.table.scaled(self._factors) if self.table is not None else None
+
     def rates(self) -> tuple[float, ...]:
         """The draft model's acceptance by position, each given that all before it stood."""
         return self._tracker.rates()

@@ -130,6 +130,10 @@ class TorchEngine:
         """What chooses the depth; its state belongs into a checkpoint."""
         return self._controller
 
+    def step_costs(self) -> CostTable | None:
+        """The depth controller's: measured once, then corrected while decoding."""
+        return self._controller.step_costs()
+
     def state(self) -> dict[str, Any]:
         """The depth controller's, JSON-able, and with history its texts, as tensors."""
         return self._controller.state() | ({"history": self._history.state()} if self._history is not None else {})

@@ -8,6 +8,7 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
+    from rollout_engine.speculation import CostTable
     from sync.publish import Transport
 
 
@@ -178,6 +179,9 @@ class RolloutEngine(Protocol):
 
     def warm_up(self) -> None:
         """Do now what the first requests would otherwise wait for (measurements, compilation)."""
+
+    def step_costs(self) -> CostTable | None:
+        """What a step takes by batch and depth, as last seen; None where that is not known."""
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint has to hold of the engine (its depth controller); {} when there is nothing."""

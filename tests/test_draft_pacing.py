@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from rollout_engine.speculation import CostTable
+from rollout_engine.speculation import CostTable, DepthController
 from rollout_engine.types import FinishReason, RolloutRequest, Sample, SpecStats
 from sync.publish import SyncReport
 from tests import loop_helpers as helpers
@@ -51,11 +51,15 @@ def test_the_cost_of_verifying_gives_the_plain_time_back() -> None:
 
 def test_without_a_probe_the_engines_table_tells_the_cost_at_the_batch_and_depth_of_the_rollout() -> None:
     table = CostTable((1, 3, 8), ((1.0, 1.1, 1.2), (1.0, 1.5, 1.8), (1.0, 3.0, 6.0)))
-    state = {"table": asdict(table), "factors": [1.0, 1.0, 2.0]}
+    controller = DepthController(2, None)
+    assert controller.step_costs() is None
+    controller.load_state(controller.state() | {"table": asdict(table), "factors": [1.0, 1.0, 2.0]})
     spec = SpecStats(100, 60, (10, 10, 40), (60, 60), (50, 40))
-    assert ledger.table_cost(state, generated(1.0, 190, spec)) == pytest.approx(3.6)  # batch 3, depth 2
-    assert ledger.table_cost({"table": None}, generated(1.0, 190, spec)) is None
-    assert ledger.table_cost({}, generated(1.0, 190, spec)) is None
+    assert ledger.table_cost(controller.step_costs(), generated(1.0, 190, spec)) == pytest.approx(
+        3.6
+    )  # batch 3, depth 2
+    assert ledger.table_cost(controller.step_costs(), generated(1.0, 100, SpecStats(100))) is None
+    assert ledger.table_cost(None, generated(1.0, 190, spec)) is None
 
 
 def test_training_is_timed_against_scoring_and_a_slow_first_step_is_forgotten() -> None:
@@ -94,7 +98,7 @@ def test_a_record_is_read_back_cut_and_refused_in_one_line(tmp_path: Path) -> No
 
 
 SPEC = SpecStats(200, 100, (40, 20, 40), (100, 100), (60, 40))  # half of the forwards verify; 2 tokens each
-TABLE = {"table": asdict(CostTable((1,), ((1.0, 1.2, 1.6),))), "factors": [1.0, 1.0, 1.0]}
+TABLE = CostTable((1,), ((1.0, 1.2, 1.6),))
 
 
 def pacer(folder: Path, **changes: Any) -> DraftPacer:
@@ -102,9 +106,9 @@ def pacer(folder: Path, **changes: Any) -> DraftPacer:
     return DraftPacer(helpers.tiny_config(folder, folder, "x", **settings), {}, folder / "record.jsonl")
 
 
-def engine(*, has_draft: bool = True, state: dict[str, Any] | None = None) -> Any:
+def engine(*, has_draft: bool = True, table: CostTable | None = None) -> Any:
     plan = SimpleNamespace(has_draft=has_draft)
-    return SimpleNamespace(state=lambda: state or {}, transport=SimpleNamespace(plan=plan))
+    return SimpleNamespace(step_costs=lambda: table, transport=SimpleNamespace(plan=plan))
 
 
 def settle(pacer: DraftPacer, decision: Decision, seconds: float, forecast: float | None) -> dict[str, Any]:
@@ -119,7 +123,7 @@ def test_what_is_saved_is_a_bound_until_a_cost_is_given_or_the_engine_has_a_tabl
     assert (found["draft_saved_time_s"], found["draft_saved_time_basis"]) == (pytest.approx(5.0), "bound")
     _, found = pacer(tmp_path, draft__verify_cost=2.0).decide(0, rollout, 1.0, engine())
     assert (found["draft_saved_time_s"], found["draft_saved_time_basis"]) == (pytest.approx(0.0), "given")
-    _, found = pacer(tmp_path, draft__verify_cost=2.0).decide(0, rollout, 1.0, engine(state=TABLE))
+    _, found = pacer(tmp_path, draft__verify_cost=2.0).decide(0, rollout, 1.0, engine(table=TABLE))
     assert found["draft_saved_time_basis"] == "table"
     assert found["draft_saved_time_s"] == pytest.approx(10.0 * 1.5 / 1.3 - 10.0)
 
@@ -154,11 +158,11 @@ def test_where_the_engine_says_nothing_of_the_draft_its_forecast_does(tmp_path: 
 
 
 def test_a_draft_that_costs_more_than_it_brings_is_called_losing_once_it_no_longer_rises(tmp_path: Path) -> None:
-    dear = {**TABLE, "factors": [1.0, 1.0, 2.0]}  # a verification of two drafts costs 3.2 plain steps
+    dear = TABLE.scaled((1.0, 1.0, 2.0))  # a verification of two drafts costs 3.2 plain steps
     watched = pacer(tmp_path, rollout__speculative_draft_model_path="given")
     reasons = []
     for step in range(8):
-        decision, _ = watched.decide(step, Rollout(generated(10.0, 300, SPEC), None), 1.0, engine(state=dear))
+        decision, _ = watched.decide(step, Rollout(generated(10.0, 300, SPEC), None), 1.0, engine(table=dear))
         settle(watched, decision, 1.0, None)
         reasons.append(decision.reason)
     assert reasons[:4] == [Reason.START] * 4 and reasons[-1] is Reason.LOSING

@@ -89,14 +89,11 @@ def probed_cost(rollout: Rollout) -> float | None:
     return cost if cost > 0 else None
 
 
-def table_cost(engine_state: Mapping[str, Any], rollout: Generated) -> float | None:
+def table_cost(table: CostTable | None, rollout: Generated) -> float | None:
     """The same from the engine's table of step costs, at the rollout's mean batch and depth; None without a table."""
-    if not engine_state.get("table"):
-        return None
     spec = spec_of(rollout)
-    if not spec.num_verify_steps:
+    if table is None or not spec.num_verify_steps:
         return None
-    table = CostTable.from_dict(engine_state["table"]).scaled(engine_state["factors"])
     batch = max(1, round(running_by_time(rollout.running, rollout.time_s, 1)[0]))
     depth = min(table.max_depth, max(1, round(spec.num_proposed / spec.num_verify_steps)))
     return table.seconds(batch, depth) / table.seconds(batch, 0)

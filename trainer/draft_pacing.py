@@ -104,7 +104,7 @@ class DraftPacer:
             self._ledger = replace(self._ledger, probed_cost=probed)
         if self._ledger.probed_cost is not None:
             return self._ledger.probed_cost, Basis.PROBE
-        cost = draft_ledger.table_cost(engine.state(), rollout.speculative)
+        cost = draft_ledger.table_cost(engine.step_costs(), rollout.speculative)
         if cost is not None:
             return cost, Basis.TABLE
         given = self._config.draft.verify_cost
