@@ -173,19 +173,35 @@ def look_at_counts(
     )
 
 
+def is_of_text(histogram: Sequence[int], num_chains: int) -> bool:
+    """Whether these steps alone can have brought a text of `num_chains` + 1 tokens, all but the first.
+
+    Those of a request that SGLang threw back for want of KV memory cannot: every new prefill brings a token too.
+    """
+    return 0 <= _num_behind(histogram, num_chains) <= _longest(histogram)
+
+
 def kept_histogram(histogram: Sequence[int], num_chains: int) -> list[int]:
-    """The histogram of a text of `num_chains` + 1 tokens without the drafts that were accepted behind its end.
+    """The histogram `is_of_text` without the drafts that were accepted behind the text's end.
 
     Every step emits its accepted drafts and one token more, and all but the last are wholly inside the text.
     """
     kept = list(histogram)
-    num_emitted = sum((n + 1) * count for n, count in enumerate(kept))
-    num_behind = num_emitted - num_chains
+    num_behind = _num_behind(histogram, num_chains)
     if num_behind > 1:  # one is the bonus token, of the accepted drafts none
-        longest = max(n for n, count in enumerate(kept) if count)
+        longest = _longest(histogram)
         kept[longest] -= 1
-        kept[max(longest - num_behind + 1, 0)] += 1
+        kept[longest - num_behind + 1] += 1
     return kept
+
+
+def _num_behind(histogram: Sequence[int], num_chains: int) -> int:
+    """Tokens that the steps emitted behind the text's end."""
+    return sum((n + 1) * count for n, count in enumerate(histogram)) - num_chains
+
+
+def _longest(histogram: Sequence[int]) -> int:
+    return max((n for n, count in enumerate(histogram) if count), default=0)
 
 
 def _starts(num_chains: Sequence[int], traces: Sequence[bytes]) -> tuple[Tensor, Tensor, Tensor]:

@@ -20,6 +20,7 @@ from draft_models.sentinel import (
     Look,
     Pattern,
     Sentinel,
+    is_of_text,
     kept_histogram,
     look_at_counts,
     look_at_traces,
@@ -138,6 +139,34 @@ def test_drafts_behind_the_end_of_a_text_are_taken_out() -> None:
     assert kept_histogram([1, 0, 2], 6) == [1, 0, 2]  # the end is an accepted draft
     assert kept_histogram([1, 0, 2], 5) == [1, 1, 1]  # one more was accepted behind it
     assert kept_histogram([1, 2, 0], 5) == [1, 2, 0]
+
+
+@pytest.mark.parametrize(
+    ("histogram", "num_chains", "expected"),
+    [
+        ([1, 0, 2], 7, True),
+        ([1, 0, 2], 5, True),  # of the last step only its first token stands in the text
+        ([1, 0, 2], 4, False),  # a step behind the end
+        ([1, 0, 2], 8, False),  # a token that no step brought
+        ([0, 0, 0], 1, False),
+        ([3, 0, 0], 3, True),
+        ([3, 0, 0], 2, False),
+    ],
+)
+def test_a_histogram_is_of_the_text_or_not(histogram: list[int], num_chains: int, expected: bool) -> None:
+    assert is_of_text(histogram, num_chains) is expected
+
+
+def test_a_request_that_was_prefilled_again_is_left_out() -> None:
+    """SGLang throws requests back under KV pressure: its histogram goes on, and the new prefill brings a token too."""
+    batch = make_batch([random_sample(9, 3, 0)])
+    assert batch is not None and batch.num_chains == (5,)
+    (key,) = batch.sample_keys
+    for steps, expected in (([3, 1, 0], 4), ([2, 1, 0], 0)):  # 3 + 2 tokens, or 2 + 2 and that of a prefill
+        spec = SpecStats(sum(steps), sum(steps), tuple(steps), (sum(steps),) * 2, (1, 0))
+        sample = Sample(RolloutRequest(*key, (1,)), (), (), (VersionSpan(0, 6, 0),), FinishReason.LENGTH, spec)
+        look = look_at_batch(torch.full((5, DEPTH), 0.1), batch, {key: sample}, 0.02)
+        assert int(look.num_steps) == expected
 
 
 def test_a_step_that_the_draft_model_had_no_part_in_only_moves_the_start() -> None:

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from draft_models.eagle3 import Eagle3
 from draft_models.forecast import AcceptForecast, forecast_acceptance
-from draft_models.sentinel import Look, look_at_counts, look_at_traces
+from draft_models.sentinel import Look, is_of_text, look_at_counts, look_at_traces
 from draft_models.training import DraftBatch, accept_posteriors
 from draft_models.types import VerifyRule
 from rollout_engine.types import FinishReason, Sample
@@ -107,8 +107,8 @@ def look_at_batch(
     """What the batch's samples showed beside what they should have; K is the engine's depth.
 
     Left out are samples of several versions, which no one draft served, those that tell nothing, aborted ones, whose
-    end is that of a step and so tells how it was decoded, and those whose forecast is no number: a draft or policy
-    that is not finite says nothing about the engine.
+    end is that of a step and so tells how it was decoded, those whose forecast is no number (a draft or policy that is
+    not finite says nothing about the engine), and those whose histogram lacks tokens, as after a new prefill.
     """
     depth = posteriors_QK.shape[1]
     look = Look.nothing(depth)
@@ -122,8 +122,8 @@ def look_at_batch(
             continue
         if sample.trace:
             traced.append((part_CK, num_chains, sample.trace))
-        elif len(sample.spec.accepted_histogram) == depth + 1:
-            counted.append((part_CK, num_chains, sample.spec.accepted_histogram))
+        elif len(histogram := sample.spec.accepted_histogram) == depth + 1 and is_of_text(histogram, num_chains):
+            counted.append((part_CK, num_chains, histogram))
     if traced:
         chances, lengths, traces = zip(*traced, strict=True)
         look = look + look_at_traces(torch.cat(chances), lengths, traces, min_effect)
