@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from rich.console import Console
@@ -146,9 +146,16 @@ def append_results(path: Path, rows: Sequence[Mapping[str, Any]], origin: Mappin
             file.write(json.dumps({**row, **origin}, default=asdict, allow_nan=False) + "\n")
 
 
-def arguments(module: str, description: str | None) -> argparse.ArgumentParser:
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"slipstream: error: {message}; see {self.prog} --help\n")
+
+
+def arguments(module: str, description: str | None) -> Parser:
     """A parser with the options that all benchmarks share."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=f"python -m {module}", description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     name = module.rsplit(".", 1)[-1]
@@ -192,6 +199,18 @@ def run(main: Callable[[], None]) -> None:
         what = error.strerror or str(error)
         print(f"slipstream: error: {error.filename or 'input or output'}: {what}", file=sys.stderr)
         raise SystemExit(1) from None
+
+
+def positive(text: str) -> int:
+    """A whole number from 1 on, for argparse."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on")
+    return int(text)
+
+
+def positives(text: str) -> tuple[int, ...]:
+    """`1,8,32` as such numbers."""
+    return tuple(positive(part) for part in text.split(","))
 
 
 def integers(text: str) -> tuple[int, ...]:

@@ -22,8 +22,9 @@ from benchmarks.common import (
     arguments,
     console,
     data_config,
-    integers,
     numbers,
+    positive,
+    positives,
     provenance,
     run,
     words,
@@ -216,7 +217,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--data", type=Path, help="JSONL of prompts, or of finished rollouts, which are scored as they are")
     add("--response-key", default="response", help="of --data's finished rollouts")
     add("--rules", type=words, default=("greedy", "target_only", "rejection", "coupled"))
-    add("--k", type=integers, default=(3, 5, 7), help="draft depths")
+    add("--k", type=positives, default=(3, 5, 7), help="draft depths")
     add(
         "--temperatures",
         "--temperature",
@@ -224,11 +225,11 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         default=(0, 0.4, 0.6, 0.8, 1, 1.2),
         help="of the text; with finished rollouts: the one that they were sampled at",
     )
-    add("--samples", type=int, default=64, help="responses rolled out at each temperature")
-    add("--samples-per-prompt", type=int, default=4, help="siblings, in which an n-gram looks things up")
-    add("--batch-size", type=int, default=32, help="responses rolled out side by side")
+    add("--samples", type=positive, default=64, help="responses rolled out at each temperature")
+    add("--samples-per-prompt", type=positive, default=4, help="siblings, in which an n-gram looks things up")
+    add("--batch-size", type=positive, default=32, help="responses rolled out side by side")
     add("--seed", type=int, default=1)
-    add("--max-new-tokens", type=int, default=128)
+    add("--max-new-tokens", type=positive, default=128)
     args = parser.parse_args(argv)
     known = [rule.value for rule in VerifyRule]
     for rule in args.rules:

@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import integers, provenance, run, words
+from benchmarks.common import Parser, integers, provenance, run, words
 from benchmarks.draft_ablation_arms import AXES, PLANS, Arm, Plan, arms_of, jobs_of
 from benchmarks.draft_ablation_texts import Texts, load_texts
 from benchmarks.draft_ablation_train import train_arm
@@ -151,7 +151,7 @@ def ablate(
 
 
 def parse(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, Plan]:
-    parser = argparse.ArgumentParser(prog=f"python -m {MODULE}", description=__doc__.splitlines()[0])
+    parser = Parser(prog=f"python -m {MODULE}", description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--plan", choices=tuple(PLANS), default="h200", help="sizes")
     add("--work", type=Path, required=True, help="target and rollouts on this machine; give it again to go on")

@@ -9,7 +9,6 @@ the tables stands why.
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 import statistics
@@ -18,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import RESULTS, ROOT, half_width_95, run
+from benchmarks.common import RESULTS, ROOT, Parser, half_width_95, run
 from benchmarks.draft_ablation import ABOUT, read_runs, run_name
 from benchmarks.draft_ablation_arms import BASE, Arm, Plan, arms_of
 from benchmarks.draft_ablation_texts import HELD_OUT
@@ -287,7 +286,7 @@ def fill(document: str, text: str) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog=f"python -m {MODULE}", description=__doc__.splitlines()[0])
+    parser = Parser(prog=f"python -m {MODULE}", description=__doc__.splitlines()[0])
     parser.add_argument("folders", type=Path, nargs="*", help=f"default: every folder of {FOLDER.relative_to(ROOT)}")
     parser.add_argument("--print", action="store_true", help="on the terminal instead of into docs/drafters.md")
     args = parser.parse_args(argv)

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import append_results, arguments, console, provenance, run, seconds, words
+from benchmarks.common import append_results, arguments, console, positive, provenance, run, seconds, words
 from benchmarks.training_shapes import (
     SHAPES,
     Shape,
@@ -133,9 +133,9 @@ def measure(args: argparse.Namespace, compute_dtype: str) -> dict[str, Any]:
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = arguments("benchmarks.draft_update", __doc__.splitlines()[0])
     add_shape_options(parser)
-    parser.add_argument("--unroll", type=int, default=3)
-    parser.add_argument("--max-tokens-per-update", type=int, default=32768)
-    parser.add_argument("--updates-per-step", type=int, default=1)
+    parser.add_argument("--unroll", type=positive, default=3)
+    parser.add_argument("--max-tokens-per-update", type=positive, default=32768)
+    parser.add_argument("--updates-per-step", type=positive, default=1)
     parser.add_argument("--compute-dtypes", type=words, default=("bfloat16", "float32"))
     parser.add_argument(
         "--count-only",

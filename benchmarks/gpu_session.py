@@ -20,7 +20,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.common import ROOT, words
+from benchmarks.common import ROOT, Parser, words
 
 STOP_GRACE_S = 15.0  # for a command that is over its time, to stop its servers
 LOG_BYTES = 1024 * 1024  # kept of what one command printed
@@ -177,7 +177,7 @@ def show(outcomes: Sequence[Outcome]) -> str:
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_session", description=__doc__.splitlines()[0])
+    parser = Parser(prog="python -m benchmarks.gpu_session", description=__doc__.splitlines()[0])
     parser.add_argument("stages", type=words, help=f"any of {','.join(STAGES)}, in the order to run them")
     parser.add_argument("--out", type=Path, required=True, help="folder for results.jsonl and session.log")
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "gpu_session", help="folder for models and logs")

@@ -28,6 +28,7 @@ from benchmarks.common import (
     integers,
     interleaved,
     paired_ratio,
+    positive,
     provenance,
     run,
     seconds,
@@ -270,21 +271,21 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--draft", type=Path, help="EAGLE-3 folder; default: one is trained on the policy's own text")
     add("--train-draft-steps", type=int, default=300)
-    add("--train-draft-samples", type=int, default=128)
-    add("--prompts-per-seed", type=int, default=4)
-    add("--group", type=int, default=8, help="siblings of each prompt")
-    add("--epochs", type=int, default=2, help="times that the same prompts are answered")
+    add("--train-draft-samples", type=positive, default=128)
+    add("--prompts-per-seed", type=positive, default=4)
+    add("--group", type=positive, default=8, help="siblings of each prompt")
+    add("--epochs", type=positive, default=2, help="times that the same prompts are answered")
     add("--seeds", type=integers, default=(0, 1, 2))
-    add("--batch-size", type=int, default=8, help="responses decoded side by side")
-    add("--max-new-tokens", type=int, default=128)
+    add("--batch-size", type=positive, default=8, help="responses decoded side by side")
+    add("--max-new-tokens", type=positive, default=128)
     add("--temperature", type=float, default=1.0)
     add("--rule", choices=("rejection", "target_only", "coupled"), default="rejection")
     add("--controller", choices=("adaptive", "fixed"), default="adaptive")
-    add("--k", type=int, default=3, help="depth of the draft model's chain")
+    add("--k", type=positive, default=3, help="depth of the draft model's chain")
     defaults = SpeculationConfig()
     add("--history-num-steps", type=int, default=defaults.history_num_steps, help="0 = --k")
-    add("--min-match", type=int, default=defaults.history_min_match)
-    add("--max-match", type=int, default=defaults.history_max_match)
+    add("--min-match", type=positive, default=defaults.history_min_match)
+    add("--max-match", type=positive, default=defaults.history_max_match)
     add("--min-confidence", type=float, default=defaults.history_min_confidence)
     return parser.parse_args(argv)
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import append_results, arguments, console, provenance, run, seconds
+from benchmarks.common import append_results, arguments, console, positive, provenance, run, seconds
 from benchmarks.training_shapes import (
     SHAPES,
     add_shape_options,
@@ -76,7 +76,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = arguments("benchmarks.policy_update", __doc__)
     add_shape_options(parser)
     parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--max-tokens-per-gpu", type=int, default=16384)
+    parser.add_argument("--max-tokens-per-gpu", type=positive, default=16384)
     parser.add_argument("--recompute", action="store_true")
     parser.add_argument("--distributed-optimizer", action="store_true")
     parser.add_argument("--entropy-coef", type=float, default=0.0)

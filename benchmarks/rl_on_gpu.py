@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import integers, provenance, run, words
+from benchmarks.common import Parser, integers, positive, provenance, run, words
 from benchmarks.rl_on_gpu_arms import (
     ARMS,
     MAIN_ARMS,
@@ -172,7 +172,7 @@ def _options() -> Iterator[tuple[str, dict[str, Any]]]:
     yield "--steps", {"type": int, "help": "RL steps of an arm"}
     yield "--short-steps", {"type": int, "help": "RL steps of the arm under the target-only rule"}
     yield "--prompts", {"type": int, "help": "prompts of a step"}
-    yield "--samples", {"type": int, "help": "responses to a prompt"}
+    yield "--samples", {"type": positive, "help": "responses to a prompt"}
     yield "--max-response-len", {"type": int, "help": "tokens"}
     yield "--warm-start-s", {"type": float, "help": "seconds of the warm start"}
     yield "--warm-start-lr", {"type": float, "help": "learning rate of the warm start"}
@@ -189,7 +189,7 @@ def _options() -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def parse(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, Plan]:
-    parser = argparse.ArgumentParser(prog=f"python -m {MODULE}", description=__doc__.splitlines()[0])
+    parser = Parser(prog=f"python -m {MODULE}", description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--work", type=Path, required=True, help="state on this machine's disk; give it again to go on")
     add("--out", type=Path, required=True, help="folder that the results are written to, after every arm")

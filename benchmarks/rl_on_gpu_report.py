@@ -7,7 +7,6 @@ makes the last three again from the first, on any machine.
 
 from __future__ import annotations
 
-import argparse
 import gzip
 import importlib.util
 import json
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import rl_on_gpu_analysis as analysis
-from benchmarks.common import append_results, run
+from benchmarks.common import Parser, append_results, run
 from benchmarks.rl_on_gpu_analysis import PLAIN, BucketSpeed, Response, RunRecord, StepRecord
 from benchmarks.rl_on_gpu_arms import ABOUT_FILE, ARMS, OFFLINE, Place, read_record
 from benchmarks.rl_on_gpu_goals import Goal, bucket_name, goals, shortfall
@@ -390,7 +389,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.rl_on_gpu_report", description=__doc__.splitlines()[0])
+    parser = Parser(prog="python -m benchmarks.rl_on_gpu_report", description=__doc__.splitlines()[0])
     parser.add_argument("records", type=Path, help="records.json.gz of a run")
     path = parser.parse_args(argv).records
     start, origin, runs = read_records(path)

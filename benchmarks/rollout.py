@@ -28,8 +28,9 @@ from benchmarks.common import (
     arguments,
     console,
     data_config,
-    integers,
     interleaved,
+    positive,
+    positives,
     provenance,
     run,
     synchronize,
@@ -237,17 +238,17 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def _add_work_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--draft", type=Path, help="folder of an EAGLE-3 draft")
     parser.add_argument("--spec", type=words, help=f"arms: any of {','.join(ARMS)}; all that the engine has by default")
-    parser.add_argument("--batch-sizes", type=integers, default=(1, 8, 32))
-    parser.add_argument("--seeds", type=int, default=5, help="paired repetitions")
+    parser.add_argument("--batch-sizes", type=positives, default=(1, 8, 32))
+    parser.add_argument("--seeds", type=positive, default=5, help="paired repetitions")
     parser.add_argument("--first-seed", type=int, default=1)
-    parser.add_argument("--waves", type=int, default=2, help="requests per place in the batch")
-    parser.add_argument("--min-requests", type=int, default=4)
-    parser.add_argument("--k", type=int, default=3, help="draft tokens of a verify step")
+    parser.add_argument("--waves", type=positive, default=2, help="requests per place in the batch")
+    parser.add_argument("--min-requests", type=positive, default=4)
+    parser.add_argument("--k", type=positive, default=3, help="draft tokens of a verify step")
     parser.add_argument("--rule", default="rejection", choices=("rejection", "target_only", "coupled"))
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--top-p", type=float, default=1.0)
     parser.add_argument("--top-k", type=int, default=0)
-    parser.add_argument("--max-new-tokens", type=int, default=128)
+    parser.add_argument("--max-new-tokens", type=positive, default=128)
 
 
 def _add_torch_options(parser: argparse.ArgumentParser) -> None:
@@ -257,7 +258,7 @@ def _add_torch_options(parser: argparse.ArgumentParser) -> None:
         "--save-cost-table", type=Path, help="measure and keep a rollout.cost_table, of eagle3 or else of ngram"
     )
     group.add_argument("--train-draft-steps", type=int, default=200, help="without --draft: train one so long")
-    group.add_argument("--train-draft-samples", type=int, default=256, help="rollouts that it is trained on")
+    group.add_argument("--train-draft-samples", type=positive, default=256, help="rollouts that it is trained on")
     group.add_argument("--train-draft-lr", type=float, default=2e-3)
     group.add_argument("--controller", default="fixed", choices=("fixed", "adaptive"))
 

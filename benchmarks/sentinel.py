@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import torch
 from rich.table import Table
 
-from benchmarks.common import append_results, arguments, console, integers, numbers, provenance, run
+from benchmarks.common import append_results, arguments, console, numbers, positives, provenance, run
 from draft_models.sentinel import Look, Sentinel, look_at_counts, look_at_traces, visible_change
 
 RUNS = 100
@@ -58,7 +58,9 @@ def look_cpu_seconds(forecast: torch.Tensor, num_texts: int, num_tokens: int, *,
 def main() -> None:
     parser = arguments("benchmarks.sentinel", __doc__)
     parser.add_argument("--acceptance", type=numbers, default=(0.75, 0.7, 0.65), help="by position, of those reached")
-    parser.add_argument("--steps", type=integers, default=(500, 1000, 2000, 5000, 20000), help="verify steps of a look")
+    parser.add_argument(
+        "--steps", type=positives, default=(500, 1000, 2000, 5000, 20000), help="verify steps of a look"
+    )
     parser.add_argument("--alpha", type=float, default=1e-3)
     parser.add_argument("--min-effect", type=float, default=0.02)
     args = parser.parse_args()

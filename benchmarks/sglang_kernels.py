@@ -29,9 +29,10 @@ from benchmarks.common import (
     append_results,
     arguments,
     console,
-    integers,
     interleaved,
     paired_ratio,
+    positive,
+    positives,
     provenance,
     run,
     words,
@@ -234,13 +235,13 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = arguments("benchmarks.sglang_kernels", __doc__.splitlines()[0])
     parser.add_argument("--shape", choices=tuple(SHAPES), default="8b")
     parser.add_argument("--arms", type=words, default=(PLAIN, "rejection"), help=f"of {', '.join(ARMS)}")
-    parser.add_argument("--batch-sizes", type=integers, default=(1, 8, 32, 128))
+    parser.add_argument("--batch-sizes", type=positives, default=(1, 8, 32, 128))
     parser.add_argument("--simulate", type=float, default=3.0, help="tokens each verify keeps; 0 = what the draft gets")
-    parser.add_argument("--k", type=int, default=3)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--prompt-len", type=int, default=64)
-    parser.add_argument("--short", type=int, default=32, help="tokens of the shorter response")
-    parser.add_argument("--long", type=int, default=288, help="tokens of the longer response")
+    parser.add_argument("--k", type=positive, default=3)
+    parser.add_argument("--rounds", type=positive, default=3)
+    parser.add_argument("--prompt-len", type=positive, default=64)
+    parser.add_argument("--short", type=positive, default=32, help="tokens of the shorter response")
+    parser.add_argument("--long", type=positive, default=288, help="tokens of the longer response")
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--attention-backend", default="triton")

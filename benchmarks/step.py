@@ -14,7 +14,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.common import append_results, arguments, console, provenance, run
+from benchmarks.common import append_results, arguments, console, positive, provenance, run
 from trainer.metrics import METRICS_FILE, read_metrics
 from trainer.progress import phase_seconds
 
@@ -53,7 +53,7 @@ def show(out: Console, rows: Sequence[Mapping[str, Any]], title: str) -> None:
 def parse(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
     parser = arguments("benchmarks.step", f"{__doc__} Further --key=value arguments go to the run.")
     parser.add_argument("recipe", type=Path, help="TOML recipe")
-    parser.add_argument("--steps", type=int, default=6, help="steps that are measured")
+    parser.add_argument("--steps", type=positive, default=6, help="steps that are measured")
     parser.add_argument("--warmup", type=int, default=2, help="steps before them that are not")
     return parser.parse_known_args(argv)
 

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import rollout_sglang, sync_sglang
-from benchmarks.common import append_results, arguments, console, interleaved, provenance, run, seconds
+from benchmarks.common import append_results, arguments, console, interleaved, positive, provenance, run, seconds
 from draft_models.checkpoint import load_draft
 from draft_models.config import DraftConfig
 from draft_models.eagle3 import Eagle3, Eagle3Config
@@ -97,7 +97,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--draft", type=Path, help="folder of an EAGLE-3 draft; default: a random one")
     parser.add_argument("--transport", default="ipc", choices=("ipc", "disk", "broadcast"), help="engine sglang")
-    parser.add_argument("--repeats", type=int, default=15, help="syncs of each transport, interleaved")
+    parser.add_argument("--repeats", type=positive, default=15, help="syncs of each transport, interleaved")
     parser.add_argument("--dtype", help="default: bfloat16 on a GPU with --engine sglang, else float32")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--folder", type=Path, help="where the disk transport writes; default: the temporary folder")

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from benchmarks.common import seconds
+from benchmarks.common import positive, seconds
 from rollout_engine.types import FinishReason, RolloutRequest, Sample, SamplingParams, VersionSpan
 
 
@@ -76,10 +76,10 @@ SHAPES = {
 
 def add_shape_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shape", choices=SHAPES, default="100m")
-    parser.add_argument("--samples", type=int, default=256)
-    parser.add_argument("--prompt-tokens", type=int, default=64)
+    parser.add_argument("--samples", type=positive, default=256)
+    parser.add_argument("--prompt-tokens", type=positive, default=64)
     parser.add_argument("--response-tokens", type=int, nargs=2, default=(60, 1000), metavar=("LOW", "HIGH"))
-    parser.add_argument("--repeats", type=int, default=3, help="timed updates, after one that is not")
+    parser.add_argument("--repeats", type=positive, default=3, help="timed updates, after one that is not")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="the same as --results")
 

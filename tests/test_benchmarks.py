@@ -128,6 +128,24 @@ def test_a_wrong_arm_or_policy_is_one_line(tmp_path: Path, capsys: pytest.Captur
     assert exit_.value.code == 2 and "config.json" in said and said.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        ("draft", "--target x --samples 0", "argument --samples: '0' is not a whole number from 1 on"),
+        ("rollout", "--policy x --batch-sizes 1,-2", "argument --batch-sizes: '-2' is not a whole number from 1 on"),
+        ("history", "--policy x --group two", "argument --group: 'two' is not a whole number from 1 on"),
+        ("gpu_session", "train --out x --fast", "unrecognized arguments: --fast"),
+        ("rl_on_gpu", "--work x --out y --samples 0", "argument --samples: '0' is not a whole number from 1 on"),
+        ("history", "", "the following arguments are required: --policy/--target"),
+    ],
+)
+def test_wrong_arguments_are_one_line(name: str, arguments: str, message: str, capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as exit_:
+        importlib.import_module(f"benchmarks.{name}").main(arguments.split())
+    said = f"slipstream: error: {message}; see python -m benchmarks.{name} --help\n"
+    assert exit_.value.code == 2 and capsys.readouterr().err == said
+
+
 @pytest.mark.parametrize("error", [SyncError, EngineError])
 def test_a_failed_sync_and_a_dead_engine_are_one_line(error: type[Exception], capsys: pytest.CaptureFixture[str]):
     def fail() -> None:
