@@ -140,6 +140,7 @@ def test_dry_run_checks_prints_and_writes_nothing(tiny_model, tmp_path, monkeypa
     assert main(arguments) == 0
     out = capsys.readouterr().out
     assert "num_rollout = 3" in out and "6 rows of model/train.jsonl" in out and "nothing written" in out
+    assert "# policy      float32, attention by torch scaled-dot-product attention, padded" in out
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
     assert "history beside it" not in out and main([*arguments, "--speculation.history"]) == 0
     assert "adaptive depth, history beside it" in capsys.readouterr().out

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import torch
+
 from rollout_engine.config import RolloutConfig
 from trainer.config import RunConfig
+from trainer.megatron_settings import DTYPES, transformer_settings
+from trainer.policy_attention import attention_name
 from trainer.run import Inputs, check_folder, make_draft, read_inputs
 from trainer.toml_writer import to_toml
 
@@ -27,6 +31,12 @@ def _engine(rollout: RolloutConfig) -> str:
     return f"SGLang, {where}; weights by {rollout.sync_transport}{gives}"
 
 
+def _policy(config: RunConfig, inputs: Inputs) -> str:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    head_dim = transformer_settings(inputs.hf_config)["kv_channels"]
+    return f"{config.policy.dtype}, attention by {attention_name(DTYPES[config.policy.dtype], device, head_dim)}"
+
+
 def plan(config: RunConfig, inputs: Inputs) -> list[str]:
     """What the run would do, a line each."""
     data, rollout = config.data, config.rollout
@@ -46,6 +56,7 @@ def plan(config: RunConfig, inputs: Inputs) -> list[str]:
         f"# a step      {data.rollout_batch_size} prompts x {data.n_samples_per_prompt} = {samples} samples, "
         f"{config.algorithm.num_steps_per_rollout} optimizer step(s)",
         f"# steps       {config.num_rollout}",
+        f"# policy      {_policy(config, inputs)}",
         f"# engine      {_engine(rollout)}",
         f"# speculation {speculation}",
     ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -431,6 +432,9 @@ def _train_on_first_rank(config: RunConfig, run: Run) -> int:
 
     done = read_metrics(run.directory.metrics_file) if run.next_step else []
     resumed_at = run.next_step if config.resume else None
+    print(
+        f"slipstream: the policy trains in {config.policy.dtype}, attention by {run.policy.attention}", file=sys.stderr
+    )
     with Progress(config.num_rollout, str(run.directory.path), lines=done) as progress:
         run.progress, run.writer = progress, MetricsWriter(run.directory.path, resumed_at)
         if run.watch.stopped:
