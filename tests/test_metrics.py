@@ -94,6 +94,7 @@ def test_history_and_model_are_told_apart_and_nothing_is_expected_of_their_mixtu
     line = m.step_line(0, m.speculation_metrics(spec), {"predicted_accept_rate_by_position": [0.8, 0.6]})
     assert (line["verify_steps"], line["accept_length"]) == (10, 1.8)
     assert (line["history_verify_steps"], line["history_accept_length"]) == (4, 2.5)
+    assert (line["history_share"], line["history_proposed"], line["history_accepted"]) == (0.4, 8, 6)
     assert line["draft_accept_length"] == pytest.approx(1 + 2 / 6)
     assert "expected_accept_length" not in line
     alone = m.speculation_metrics(SpecStats(4, 4, (1, 0, 3), (4, 4), (3, 3), history))

@@ -127,10 +127,15 @@ def test_the_frozen_draft_is_compared_with_the_trained_one_at_equal_depth():
 
 
 def test_history_and_the_draft_model_are_told_apart():
-    lines = [full_line(0), {**full_line(1), "history_verify_steps": 120, "history_accept_length": 1.0}]
+    good = {"proposed_by_position": [300, 200], "history_accepted": 30}
+    poor = {"history_verify_steps": 120, "history_accept_length": 1.0, "history_proposed": 120, "history_accepted": 0}
+    lines = [{**full_line(0), **good}, {**full_line(1), **good, **poor}]
     said = report_text.accept_length(lines)
     assert "30% of the verify steps took their drafts from there, at 1.50 tokens each" in said
     assert "the others were the draft model's, at 1.19" in said
+    assert "Of history's 300 drafted tokens 10% stood, of the model's 700 21%." in said
+    older = [{key: value for key, value in line.items() if key != "history_proposed"} for line in lines]
+    assert report_text.accept_length(older).endswith("at 1.19.")
     without = {key: value for key, value in full_line(2).items() if "history" not in key}
     assert "siblings" not in report_text.accept_length([without])
 

@@ -86,7 +86,13 @@ def history_metrics(spec: SpecStats) -> dict[str, Any]:
     history, model = spec.history, spec.by_draft_model
     if history is None:
         return {}
-    found = {"history_verify_steps": history.num_verify_steps, "history_accept_length": history.accept_length}
+    found = {
+        "history_verify_steps": history.num_verify_steps,
+        "history_share": history.num_verify_steps / spec.num_verify_steps,
+        "history_accept_length": history.accept_length,
+        "history_proposed": history.num_proposed,
+        "history_accepted": history.num_accepted,
+    }
     return found | ({"draft_accept_length": model.accept_length} if model.num_verify_steps else {})
 
 

@@ -26,6 +26,7 @@ STEP_COLUMNS = (  # metrics key, heading, format
     ("frozen_accept_length", "frozen draft", ".2f"),
     ("draft_accept_length", "draft model's steps", ".2f"),
     ("history_accept_length", "history's steps", ".2f"),
+    ("history_share", "their share", ".0%"),
     ("tokens_per_forward", "tokens/forward", ".2f"),
     ("tokens_per_s", "tokens/s", ".0f"),
     ("speedup_vs_plain", "vs plain", ".2f"),

@@ -133,6 +133,8 @@ def accept_length(lines: Lines) -> Figure | None:
     if any("frozen_accept_length" in row for row in lines):
         line(axes, series(lines, "predicted_accept_length"), "trained draft, full depth", SERIES[2], linewidth=1.2)
     line(axes, series(lines, "frozen_accept_length"), "frozen draft, full depth", MUTED)
+    line(axes, series(lines, "history_accept_length"), "of history", SERIES[3], linewidth=1.2)
+    line(axes, series(lines, "draft_accept_length"), "of the model", SERIES[4], linewidth=1.2)
     if not drawn:
         return None
     axes.set_ylim(bottom=1.0)

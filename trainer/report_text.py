@@ -133,6 +133,22 @@ def history(lines: Lines) -> str:
     if model:
         length = sum(n * line["draft_accept_length"] for n, line in zip(of_model, model, strict=True)) / sum(of_model)
         text += f"; the others were the draft model's, at {length:.2f}"
+    return f"{text}.{history_tokens(with_history)}"
+
+
+def history_tokens(lines: Lines) -> str:
+    """How many of either drafter's tokens stood; empty for metrics that were written without these counts."""
+    counted = [
+        line for line in lines if {"history_proposed", "history_accepted", "proposed_by_position"} <= line.keys()
+    ]
+    proposed, accepted = (sum(line[f"history_{what}"] for line in counted) for what in ("proposed", "accepted"))
+    if not proposed:
+        return ""
+    text = f" Of history's {proposed:,} drafted tokens {accepted / proposed:.0%} stood"
+    others = sum(sum(line["proposed_by_position"]) for line in counted) - proposed
+    if others:
+        stood = sum((line["accept_length"] - 1) * line["verify_steps"] for line in counted) - accepted
+        text += f", of the model's {others:,} {stood / others:.0%}"
     return text + "."
 
 
