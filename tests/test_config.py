@@ -54,6 +54,7 @@ def test_lists_and_passed_through_keys():
 
 def test_what_is_no_flag_is_positional():
     assert parse_flags(["a.toml", "--seed", "1", "b"])[0] == ["a.toml", "b"]
+    assert parse_flags(["--resume", "a.toml"])[0] == ["a.toml"] and parse_flags(["--resume", "./a"])[0] == ["./a"]
 
 
 @pytest.mark.parametrize(
@@ -94,6 +95,8 @@ def test_a_missing_recipe_is_named(tmp_path):
         (["--lr"], "--lr needs a value, a number"),
         (["--seed", "1.5"], "--seed '1.5' is of the wrong type, expected a whole number"),
         (["--resume=maybe"], "expected true or false"),
+        (["--resume", "maybe"], "--resume 'maybe' is of the wrong type, expected true or false"),
+        (["--num-eval-prompt", "8"], "did you mean '--num-eval-prompts'"),
         (["--bf16=yes"], "--bf16 takes no value"),
     ],
 )

@@ -204,9 +204,9 @@ def _add_finetune_draft(commands, name: str) -> None:
 
 def _finetune_draft(namespace: argparse.Namespace, rest: list[str]) -> int:
     from trainer.config_load import parse_flags
-    from trainer.finetune_config import make_config, own_fields, warnings_of
+    from trainer.finetune_config import flags, make_config, own_fields, warnings_of
 
-    positional, overrides = parse_flags(rest)
+    positional, overrides = parse_flags(rest, "finetune-draft", flags())
     _no_more(positional, ())
     config = make_config({item.name: getattr(namespace, item.name) for item in own_fields()}, overrides)
     if os.environ.get("RANK", "0") == "0":

@@ -43,8 +43,12 @@ def _leaves(cls: type, prefix: str) -> Iterator[tuple[str, Any]]:
             yield prefix + field.name, kind
 
 
-def parse_flags(arguments: Sequence[str]) -> tuple[list[str], list[Override]]:
-    """(what is no flag, the settings given by flags), each in order. `ConfigError` names the nearest known flag.
+def parse_flags(
+    arguments: Sequence[str], command: str = "train", offered: Sequence[str] = ()
+) -> tuple[list[str], list[Override]]:
+    """(what is no flag, the settings given by flags), each in order.
+
+    `ConfigError` for an unknown flag names the nearest of those that `command` has: `offered`, or every one of train's.
 
     `--key=value` and `--key value`; `-` and `_` are the same in a flag. A boolean flag needs no value, and neither does
     a server flag of SGLang (`--sglang-NAME`), which means true without one.
@@ -59,6 +63,10 @@ def parse_flags(arguments: Sequence[str]) -> tuple[list[str], list[Override]]:
             continue
         flag, equals, text = argument.partition("=")
         key, fixed = _key_of(flag)
+        if not key:
+            known = offered or offered_flags()
+            name = "--" + flag[2:].replace("_", "-")
+            raise ConfigError(f"unknown flag {flag}{nearest(name, known)}; slipstream {command} --help lists them all")
         if fixed:
             if equals:
                 raise ConfigError(f"{flag} takes no value, got {text!r}")
@@ -70,7 +78,7 @@ def parse_flags(arguments: Sequence[str]) -> tuple[list[str], list[Override]]:
 
 
 def _key_of(flag: str) -> tuple[str, str]:
-    """(dotted key, fixed value or '') of a flag as the user wrote it."""
+    """(dotted key, fixed value or '') of a flag as the user wrote it; two times '' for an unknown one."""
     name = "--" + flag[2:].replace("_", "-")
     if name in TABLE:
         return TABLE[name].key, TABLE[name].value
@@ -82,14 +90,21 @@ def _key_of(flag: str) -> tuple[str, str]:
     key = flag[2:].replace("-", "_")
     if key in known_keys() and not _is_mapping(known_keys()[key]):
         return key, ""
-    own = [f"--{known.replace('_', '-')}" for known in known_keys()]
-    raise ConfigError(f"unknown flag {flag}{nearest(name, [*TABLE, *own])}; slipstream train --help lists them all")
+    return "", ""
+
+
+def offered_flags(has: Callable[[str], bool] = lambda key: True) -> list[str]:
+    """The flags of all settings whose dotted key the command has, short names first."""
+    short = [name for name, flag in TABLE.items() if has(flag.key)]
+    return [*short, *(f"--{key.replace('_', '-')}" for key in known_keys() if has(key))]
 
 
 def _following_value(flag: str, key: str, rest: list[str]) -> str:
     """Take the flag's value from the arguments behind it; a boolean flag, or one of SGLang's, may stand alone."""
     if known_keys().get(key) is bool:
-        return rest.pop(0) if rest and rest[0].lower() in (*_TRUE, *_FALSE) else "true"
+        # What follows may be the recipe. A bare word is none; as a value it is checked with all others.
+        is_value = rest and (rest[0].lower() in (*_TRUE, *_FALSE) or rest[0].isalnum())
+        return rest.pop(0) if is_value else "true"
     if not rest or rest[0].startswith("--"):
         if key.startswith("rollout.sglang."):
             return "true"

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from trainer.config import ConfigError, RunConfig
-from trainer.config_load import Override, load_config
+from trainer.config_load import Override, load_config, offered_flags
 from trainer.suggest import nearest
 
 SPELLINGS = ("sglang", "specforge", "speculators")  # draft_models.spellings.Spelling, which loads torch
@@ -78,6 +78,11 @@ def own_fields() -> list[Any]:
 def flag_of(name: str) -> str:
     """A field's flag; `import_` only avoids Python's keyword."""
     return "--" + name.rstrip("_").replace("_", "-")
+
+
+def flags() -> list[str]:
+    """All that the command has: its own, then those shared with train."""
+    return [*(flag_of(item.name) for item in own_fields()), *offered_flags(is_shared)]
 
 
 def make_config(own: dict[str, Any], overrides: Sequence[Override]) -> FinetuneConfig:

@@ -82,6 +82,7 @@ SLIME = (
     Flag("--num-rollout", "num_rollout", "steps of the run"),
     Flag("--rollout-seed", "seed", "seed of everything random"),
     Flag("--save-interval", "save_interval", "steps between checkpoints; 0 = only at the end"),
+    Flag("--num-eval-prompts", "data.num_eval_prompts", "of them, the first; 0 = all"),
     Flag("--eval-interval", "eval_interval", "steps between evaluations; 0 = never"),
     Flag("--rollout-max-response-len", "rollout.max_response_len", "tokens"),
     Flag("--rollout-max-context-len", "rollout.context_length", "prompt + response, tokens"),
