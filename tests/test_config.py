@@ -70,6 +70,7 @@ def test_what_is_no_flag_is_positional():
         ("[rollout]\nstop = 'a'", "expected a list, each a string"),
         ("[draft]\naux_layer_ids = [1, 'x']", "expected a whole number"),
         ("seed = ", "recipe.toml: not TOML"),
+        ("[policy]\nlr = inf", "recipe.toml: policy.lr = inf: it must be a finite number"),
     ],
 )
 def test_a_bad_recipe_is_one_line(tmp_path, text, message):
@@ -98,6 +99,8 @@ def test_a_missing_recipe_is_named(tmp_path):
         (["--resume", "maybe"], "--resume 'maybe' is of the wrong type, expected true or false"),
         (["--num-eval-prompt", "8"], "did you mean '--num-eval-prompts'"),
         (["--bf16=yes"], "--bf16 takes no value"),
+        (["--lr=nan"], "--lr = nan: it must be a finite number"),
+        (["--rollout-temperature", "inf"], "--rollout-temperature = inf: it must be a finite number"),
     ],
 )
 def test_a_bad_flag_is_one_line(arguments, message):
@@ -133,7 +136,6 @@ GOOD = ("--rollout-batch-size=4", "--n-samples-per-prompt=4", *SOURCES)
         (["--rollout.cost_table=absent.json"], "'absent.json': no such file"),
         (["--context-length=-1"], "context_length = -1: it must be 0"),
         (["--lr=-1"], "policy.lr = -1.0: it must be at least 0"),
-        (["--lr=nan"], "policy.lr = nan: it must be at least 0"),
         (["--lr=1e-6", "--min-lr=1e-5"], "min_lr = 1e-05 is above policy.lr = 1e-06"),
         (["--num-rollout=20", "--lr-warmup-iters=100"], "lr_warmup_iters = 100 must be below the 20"),
         (["--save-interval=-1"], "save_interval = -1: it must be at least 0"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
@@ -176,8 +177,8 @@ def check_value(value: Any, kind: Any, where: str) -> Any:
     if get_origin(kind) is tuple:
         if isinstance(value, list):
             return tuple(check_value(item, get_args(kind)[0], where) for item in value)
-    elif kind is float and type(value) is int:
-        return float(value)
+    elif kind is float and type(value) in (int, float):
+        return _finite(float(value), where)
     elif type(value) is kind:
         return value
     raise ConfigError(f"{where} = {value!r} is of the wrong type, expected {_expected(kind)}")
@@ -195,9 +196,16 @@ def parse_text(text: str, kind: Any, where: str) -> Any:
             return {**dict.fromkeys(_TRUE, True), **dict.fromkeys(_FALSE, False)}[text.lower()]
         if kind is Any:
             return _parse_any(text)
-        return kind(text)
+        value = kind(text)
     except (ValueError, KeyError):
         raise ConfigError(f"{where} {text!r} is of the wrong type, expected {_expected(kind)}") from None
+    return _finite(value, where) if kind is float else value
+
+
+def _finite(value: float, where: str) -> float:
+    if not math.isfinite(value):
+        raise ConfigError(f"{where} = {value}: it must be a finite number")
+    return value
 
 
 def _parse_any(text: str) -> Any:
