@@ -10,8 +10,11 @@ import psutil
 import torch
 from safetensors.torch import load_file, save_file
 
+from draft_models.config import DraftConfig
+from draft_models.eagle3 import Eagle3, Eagle3Config
 from rollout_engine.config import RolloutConfig
 from rollout_engine.decoder import Decoder
+from rollout_engine.hf_checkpoint import read_config
 from rollout_engine.kv_cache import KVCache
 from rollout_engine.sglang_engine import SGLangEngine
 from rollout_engine.types import FinishReason, RolloutRequest, Sample, SamplingParams
@@ -42,6 +45,17 @@ def make_policy(folder: Path) -> Path:
     return without_end(make_model.make_model(config))
 
 
+def make_parrot(folder: Path) -> Path:
+    """A policy that goes on saying its last token, which a draft learns in a few steps; with a real tokenizer."""
+    make_model.PRESETS["tiny"] = loop_helpers.TINY
+    sizes = {"num_train_prompts": 4, "num_eval_prompts": 4, "embed_scale": 4.0}
+    make_model.make_model(make_model.MakeModelConfig(out=folder, size="tiny", task="repeat", **sizes))
+    weights = weights_of(folder)
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return without_end(folder)
+
+
 def without_end(folder: Path) -> Path:
     """The end token has logit 0, so that greedy responses go on."""
     weights = weights_of(folder)
@@ -52,6 +66,31 @@ def without_end(folder: Path) -> Path:
 
 def weights_of(folder: Path) -> Weights:
     return load_file(folder / "model.safetensors")
+
+
+def random_draft(folder: Path) -> Eagle3:
+    """Proposes what has nothing to do with the policy."""
+    draft = Eagle3(Eagle3Config.from_target(read_config(folder), DraftConfig()), seed=3)
+    with torch.no_grad():
+        draft.lm_head.weight.mul_(10.0)
+    return draft
+
+
+def repeating_draft(folder: Path, weights: Mapping[str, torch.Tensor]) -> Eagle3:
+    """Proposes about the token that the policy has just said: right for as long as it says one again and again.
+
+    Its state is the deepest captured one of the policy, which it reads out by the policy's own norm and head.
+    """
+    draft = random_draft(folder)
+    tensors = dict(draft.named_parameters())
+    with torch.no_grad():
+        tensors["fc.weight"].zero_()
+        tensors["fc.weight"][:, -draft.config.hidden_size :] = torch.eye(draft.config.hidden_size)
+        tensors["midlayer.self_attn.o_proj.weight"].zero_()
+        tensors["midlayer.mlp.down_proj.weight"].zero_()
+        tensors["norm.weight"].copy_(weights["model.norm.weight"])
+        tensors["lm_head.weight"].copy_(weights["lm_head.weight"])
+    return draft
 
 
 def other_weights(weights: Mapping[str, torch.Tensor], seed: int) -> Weights:

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
 from draft_models.checkpoint import load_draft
 from rollout_engine.config import RolloutConfig
@@ -16,10 +15,9 @@ from rollout_engine.decoder import Decoder
 from rollout_engine.hf_checkpoint import read_config
 from rollout_engine.torch_engine import TorchEngine
 from rollout_engine.types import SpecStats
-from tests import finetune_helpers, loop_helpers
+from tests import finetune_helpers
 from tests.sglang import helpers
 from tests.sglang.helpers import Reference, greedy_batch, serve
-from trainer import make_model
 from trainer.serving import build_engine, load_tokenizer
 
 pytestmark = pytest.mark.sglang
@@ -30,16 +28,7 @@ SEEN, ASKED = 24, 48  # tokens that the draft has learned, and those of the requ
 
 @pytest.fixture
 def parrot(tmp_path: Path) -> Path:
-    """A policy that goes on saying its last token, which a draft learns in a few steps; with a real tokenizer."""
-    make_model.PRESETS["tiny"] = loop_helpers.TINY
-    sizes = {"num_train_prompts": 4, "num_eval_prompts": 4, "embed_scale": 4.0}
-    folder = make_model.make_model(
-        make_model.MakeModelConfig(out=tmp_path / "parrot", size="tiny", task="repeat", **sizes)
-    )
-    weights = helpers.weights_of(folder)
-    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    return helpers.without_end(folder)
+    return helpers.make_parrot(tmp_path / "parrot")
 
 
 @pytest.mark.usefixtures("stand_ins_allowed")

@@ -9,53 +9,24 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
-import torch
 from safetensors.torch import save_file
 
 from draft_models.checkpoint import save_draft
-from draft_models.config import DraftConfig
-from draft_models.eagle3 import Eagle3, Eagle3Config
+from draft_models.eagle3 import Eagle3
 from rollout_engine.config import RolloutConfig
-from rollout_engine.hf_checkpoint import read_config
 from rollout_engine.sglang_engine import SGLangEngine
 from rollout_engine.torch_engine import TorchEngine
 from rollout_engine.types import EngineError, RolloutRequest, Sample, SpecStats, VersionSpan
 from sync.plan import SyncError
 from sync.publish import publish
-from tests.rollout_engine_helpers import TINY, save_hf_model
+from tests.rollout_engine_helpers import save_hf_model
 from tests.sglang import helpers
-from tests.sglang.helpers import Reference, Weights, greedy, greedy_batch, serve
+from tests.sglang.helpers import Reference, Weights, greedy, greedy_batch, random_draft, repeating_draft, serve
 
 pytestmark = pytest.mark.sglang
 VOCAB = 16
 DEPTH = 3
 NUM_REQUESTS = 12
-
-
-def random_draft(folder: Path) -> Eagle3:
-    """Proposes what has nothing to do with the policy."""
-    draft = Eagle3(Eagle3Config.from_target(read_config(folder), DraftConfig()), seed=3)
-    with torch.no_grad():
-        draft.lm_head.weight.mul_(10.0)
-    return draft
-
-
-def repeating_draft(folder: Path, weights: Mapping[str, torch.Tensor]) -> Eagle3:
-    """Proposes about the token that the policy has just said: right for as long as it says one again and again.
-
-    Its state is the deepest captured one of the policy, which it reads out by the policy's own norm and head.
-    """
-    draft = random_draft(folder)
-    tensors = dict(draft.named_parameters())
-    with torch.no_grad():
-        hidden = int(TINY["hidden_size"])
-        tensors["fc.weight"].zero_()
-        tensors["fc.weight"][:, -hidden:] = torch.eye(hidden)
-        tensors["midlayer.self_attn.o_proj.weight"].zero_()
-        tensors["midlayer.mlp.down_proj.weight"].zero_()
-        tensors["norm.weight"].copy_(weights["model.norm.weight"])
-        tensors["lm_head.weight"].copy_(weights["lm_head.weight"])
-    return draft
 
 
 @pytest.fixture(scope="module")
