@@ -347,19 +347,24 @@ def _read_layer_ids(config: Mapping[str, Any]) -> tuple[int, ...]:
     """The captured layers of a draft's config.json. Raises KeyError or DraftError."""
     inner = config["eagle_config"] or {}
     ids = inner["eagle_aux_hidden_state_layer_ids"] if isinstance(inner, Mapping) else inner
-    if not isinstance(ids, (list, tuple)) or len(ids) != 3 or any(type(i) is not int for i in ids):
+    if not isinstance(ids, (list, tuple)) or any(type(i) is not int for i in ids) or not _are_three_ascending(ids):
         raise DraftError(
-            f"eagle_aux_hidden_state_layer_ids is {ids!r}, expected three layers of the target, as [1, 3, 4]"
+            f"eagle_aux_hidden_state_layer_ids is {ids!r}, expected three ascending layers of the target, as [1, 3, 4]"
         )
     return tuple(ids)
+
+
+def _are_three_ascending(ids: Sequence[int]) -> bool:
+    """SGLang puts captured states side by side from the lowest layer to the highest, whatever the config's order is."""
+    return len(ids) == 3 and ids[0] < ids[1] < ids[2]
 
 
 def _checked_layer_ids(ids: Sequence[int], num_layers: int) -> tuple[int, ...]:
     if not ids:
         return default_aux_layer_ids(num_layers)
-    if len(set(ids)) != 3 or len(ids) != 3 or min(ids) < 0 or max(ids) > num_layers - 2:
+    if not _are_three_ascending(ids) or ids[0] < 0 or ids[-1] > num_layers - 2:
         raise DraftError(
-            f"draft.aux_layer_ids = {list(ids)}: expected three distinct ids from 0 to {num_layers - 2} "
+            f"draft.aux_layer_ids = {list(ids)}: expected three ascending ids from 0 to {num_layers - 2} "
             f"(outputs of the target's {num_layers} layers, the last one excepted)"
         )
     return tuple(ids)

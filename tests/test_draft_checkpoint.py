@@ -112,9 +112,12 @@ FAULTS: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "layers as text": (
         lambda d: edit_config(d, eagle_config={"eagle_aux_hidden_state_layer_ids": "abc"}),
-        "eagle_aux_hidden_state_layer_ids is 'abc', expected three layers",
+        "eagle_aux_hidden_state_layer_ids is 'abc', expected three ascending layers",
     ),
-    "bare layers": (lambda d: edit_config(d, eagle_config=[1, 3]), r"layer_ids is \[1, 3\], expected three layers"),
+    "bare layers": (
+        lambda d: edit_config(d, eagle_config=[1, 3]),
+        r"layer_ids is \[1, 3\], expected three ascending layers",
+    ),
     "size as text": (lambda d: edit_config(d, num_attention_heads="six"), "heads is 'six', expected a whole number"),
     "negative size": (lambda d: edit_config(d, intermediate_size=-3), "size is -3, expected a whole number above 0"),
     "not finite": (set_to("norm.weight", torch.full((32,), torch.nan)), "norm.weight holds values that are not finite"),

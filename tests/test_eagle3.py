@@ -155,7 +155,8 @@ def test_default_layers_are_distinct_and_capturable(num_layers: int) -> None:
     ("target", "draft", "message"),
     [
         ({"num_hidden_layers": 3}, DraftConfig(), "at least 4 layers"),
-        ({}, DraftConfig(aux_layer_ids=(1, 1, 3)), "three distinct ids"),
+        ({}, DraftConfig(aux_layer_ids=(1, 1, 3)), "three ascending ids"),
+        ({}, DraftConfig(aux_layer_ids=(3, 1, 5)), "three ascending ids"),
         ({}, DraftConfig(aux_layer_ids=(1, 2, 7)), "from 0 to 6"),
         ({}, DraftConfig(draft_vocab_size=41), "above the target's 40"),
     ],

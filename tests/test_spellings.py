@@ -91,6 +91,7 @@ FAULTS: dict[str, tuple[dict[str, Any], str]] = {
     "embedding layer": ({"eagle_aux_hidden_state_layer_ids": [0, 4, 5]}, "has 0, the token embedding"),
     "qwen layer": ({"transformer_layer_config": {"model_type": "qwen3"}}, "only 'llama' is supported"),
     "layers as text": ({"eagle_aux_hidden_state_layer_ids": "abc"}, "layer_ids is 'abc', expected three layers"),
+    "layers in another order": ({"eagle_aux_hidden_state_layer_ids": [5, 2, 4]}, "expected three ascending layers"),
     "half a layer": ({"eagle_aux_hidden_state_layer_ids": [1, 2.5, 3]}, "expected three layers of the target"),
     "no settings of a layer": ({"transformer_layer_config": [1]}, r"transformer_layer_config is \[1\], expected"),
     "a size as text": ({"draft_vocab_size": "all"}, "draft_vocab_size is 'all', expected a whole number"),
