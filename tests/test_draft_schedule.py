@@ -159,6 +159,16 @@ def test_a_burst_ends_when_acceptance_is_back() -> None:
     assert shares[:2] == [4.0, 4.0] and set(shares[10:]) == {0.0}
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_a_return_is_not_taken_for_a_rise_that_goes_on(seed: int) -> None:
+    """One burst brings the draft back; how steep that was says nothing about what lies above the line."""
+    world = settled(money=replace(CHEAP, longest=8.0, max_burst=8))
+    world.random.seed(seed)
+    world.level -= 0.8
+    shares = [decision.share for decision in world.run(15)]
+    assert shares[0] == 8.0 and sum(shares[1:]) <= 4 and world.level > 2.4
+
+
 def test_a_level_that_cannot_be_regained_becomes_the_new_one() -> None:
     world = settled()
     world.level = world.plateau = 2.0

@@ -270,10 +270,14 @@ def _climbing_burst(judgement: Judgement, money: Money) -> float:
 
 
 def _gain_s(judgement: Judgement, money: Money, rise: float, budgets: tuple[int, int]) -> float:
-    """Seconds that a rollout after the second number of budgets would save against one after the first."""
+    """Seconds that a rollout after the second number of budgets would save against one after the first.
+
+    A rise is carried on to the line where there is one: a draft that is back there has what the fall had cost it.
+    """
     assert judgement.seen is not None
     now = judgement.seen.accept_length
-    before_s, after_s = (money.seconds_at(max(now, min(money.longest, now + rise * n))) for n in budgets)
+    longest = money.longest if judgement.expected is None else min(money.longest, judgement.expected)
+    before_s, after_s = (money.seconds_at(max(now, min(longest, now + rise * n))) for n in budgets)
     return before_s - after_s
 
 
