@@ -279,6 +279,14 @@ def test_dtypes_that_differ_warn():
     assert validate(from_flags(*GOOD, "--bf16", "--dtype=bfloat16")) == []
 
 
+def test_a_chain_deeper_than_the_training_warns():
+    deep = ("--speculative-num-steps=5", "--draft.unroll=4")
+    (warning,) = validate(from_flags(*GOOD, *deep))
+    assert "beyond the first 4 are never trained" in warning and "--draft.unroll 5" in warning
+    for cured in ("--draft.unroll=5", "--draft.train-when=never", "--speculative-algorithm=NONE"):
+        assert validate(from_flags(*GOOD, *deep, cured)) == []
+
+
 def test_filters_in_training_and_ngram_rejection_warn():
     assert "top_p = 0.9 and top_k = 5" in validate(from_flags(*GOOD, "--rollout-top-p=0.9", "--rollout-top-k=5"))[0]
     assert "sentinel watches nothing" in validate(from_flags(*GOOD, "--rollout-top-p=0.9"))[1]

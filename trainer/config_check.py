@@ -341,6 +341,8 @@ def _training_warnings(config: RunConfig) -> list[str]:
         warnings.append(
             f"frozen_draft_step = {config.frozen_draft_step} has no effect, {why}: no frozen_accept_length is recorded"
         )
+    if rollout.speculative_algorithm == "EAGLE3" and config.draft.when != "never":
+        warnings += unroll_warning(config.draft, rollout)
     if config.deterministic and config.draft.when == "pays" and not config.draft.schedule:
         warnings.append(
             "deterministic = true with draft.train_when = 'pays': timings decide when the draft learns; the run's "
@@ -368,6 +370,17 @@ def _training_warnings(config: RunConfig) -> list[str]:
     if config.speculation.sentinel and (why := why_unwatched(config)):
         warnings.append(f"the sentinel watches nothing: {why} (speculation.sentinel = false says so too)")
     return warnings
+
+
+def unroll_warning(draft: DraftConfig, rollout: RolloutConfig) -> list[str]:
+    """A line when the engine drafts deeper than the draft is trained."""
+    depth = rollout.speculative_num_steps
+    if draft.unroll >= depth:
+        return []
+    return [
+        f"draft.unroll = {draft.unroll} is below rollout.speculative_num_steps = {depth}: a chain's drafts beyond "
+        f"the first {draft.unroll} are never trained, and few of them will stand; --draft.unroll {depth} trains them too"
+    ]
 
 
 def why_unwatched(config: RunConfig) -> str:
