@@ -379,7 +379,7 @@ def unroll_warning(draft: DraftConfig, rollout: RolloutConfig) -> list[str]:
         return []
     return [
         f"draft.unroll = {draft.unroll} is below rollout.speculative_num_steps = {depth}: a chain's drafts beyond "
-        f"the first {draft.unroll} are never trained, and few of them will stand; --draft.unroll {depth} trains them too"
+        f"the first {draft.unroll} are never trained, and few will stand; --draft.unroll {depth} trains them too"
     ]
 
 
