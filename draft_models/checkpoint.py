@@ -8,7 +8,7 @@ sampling asks for.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Any
 
@@ -47,14 +47,27 @@ def load_draft(directory: Path, target_config: Mapping[str, Any] | None = None) 
     Every tensor's name, shape and type is checked, and with `target_config` (the target's config.json) also that draft
     and target fit. Raises DraftError: which file, which tensor or size, what was expected and what was found.
     """
-    config = _read_config(directory / CONFIG_NAME, target_config)
-    if target_config is not None:
-        check_fit(config, target_config, directory)
-    tensors = _read_tensors(directory / WEIGHTS_NAME, config)
+    config = _config_of(_read_json(directory / CONFIG_NAME), directory, target_config)
+    return _draft_of(config, _read_tensors(directory / WEIGHTS_NAME, config), directory / WEIGHTS_NAME)
+
+
+def make_draft(
+    config_json: Any, tensors: Mapping[str, Tensor], directory: Path, target_config: Mapping[str, Any] | None = None
+) -> Eagle3:
+    """The same of two files that are in memory; errors name those of `directory`, where they came from."""
+    config, path = _config_of(config_json, directory, target_config), directory / WEIGHTS_NAME
+    _check_names(path, tensors.keys(), config)
+    return _draft_of(config, tensors, path)
+
+
+def _draft_of(config: Eagle3Config, tensors: Mapping[str, Tensor], path: Path) -> Eagle3:
+    expected = config.tensor_shapes()
+    for name in expected.keys() & tensors.keys():
+        _check_tensor(path, name, tensors[name], expected[name], tensors["fc.weight"].dtype)
     target_ids = None
     if config.is_reduced:
         target_ids = tensors["d2t"] + torch.arange(config.draft_vocab_size)
-        _check_target_ids(target_ids, config, directory / WEIGHTS_NAME)
+        _check_target_ids(target_ids, config, path)
     draft = Eagle3(config, target_ids=target_ids).to(tensors["fc.weight"].dtype)
     with torch.no_grad():
         for name, weight in draft.named_parameters():
@@ -77,20 +90,24 @@ def check_fit(config: Eagle3Config, target_config: Mapping[str, Any], directory:
             f"{directory / CONFIG_NAME}: max_position_embeddings is {context}, the target has {target_context}; "
             "SGLang refuses such a draft: raise the value there"
         )
-    if max(config.aux_layer_ids) > num_layers - 1 or min(config.aux_layer_ids) < 0:
+    if max(config.aux_layer_ids) > num_layers - 2 or min(config.aux_layer_ids) < 0:
         raise DraftError(
             f"{directory / CONFIG_NAME}: eagle_aux_hidden_state_layer_ids are {list(config.aux_layer_ids)}, "
-            f"the target has layers 0 to {num_layers - 1}"
+            f"the target has layers 0 to {num_layers - 1}, of which SGLang cannot capture the last"
         )
 
 
-def _read_config(path: Path, target_config: Mapping[str, Any] | None) -> Eagle3Config:
+def _read_json(path: Path) -> Any:
     try:
-        raw = json.loads(path.read_text())
+        return json.loads(path.read_text())
     except FileNotFoundError:
         raise DraftError(f"{path}: no such file; expected the config.json of an EAGLE-3 draft") from None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise DraftError(f"{path}: cannot be read as JSON: {error}") from None
+
+
+def _config_of(raw: Any, directory: Path, target_config: Mapping[str, Any] | None) -> Eagle3Config:
+    path = directory / CONFIG_NAME
     if isinstance(raw, dict) and spelling_of(raw) is Spelling.SPECULATORS:
         raise _other_spelling(path, Spelling.SPECULATORS)
     if not isinstance(raw, dict) or ARCHITECTURE not in (raw.get("architectures") or []):
@@ -104,7 +121,7 @@ def _read_config(path: Path, target_config: Mapping[str, Any] | None) -> Eagle3C
     if target_config is not None and not raw.get("eagle_config"):
         # Older drafts leave the layers to SGLang's default, which depends on the target.
         ids = default_aux_layer_ids(int(target_config["num_hidden_layers"]))
-        raw["eagle_config"] = {"eagle_aux_hidden_state_layer_ids": ids}
+        raw = raw | {"eagle_config": {"eagle_aux_hidden_state_layer_ids": ids}}
     try:
         config = Eagle3Config.from_hf(raw)
     except KeyError as error:
@@ -116,29 +133,32 @@ def _read_config(path: Path, target_config: Mapping[str, Any] | None) -> Eagle3C
             f"{path}: target_hidden_size is {raw['target_hidden_size']}, hidden_size {config.hidden_size}; "
             "a draft of another width than its target is not supported"
         )
+    if target_config is not None:
+        check_fit(config, target_config, directory)
     return config
 
 
 def _read_tensors(path: Path, config: Eagle3Config) -> dict[str, Tensor]:
-    expected = config.tensor_shapes()
     try:
         with safe_open(path, framework="pt") as file:
             names = set(file.keys())
-            missing, extra = sorted(expected.keys() - names - _OPTIONAL), sorted(names - expected.keys() - _OPTIONAL)
-            if "d2t" in extra:
-                raise _other_spelling(path, Spelling.SPECFORGE)
-            if missing:
-                raise DraftError(f"{path}: tensor {missing[0]} is missing (expected shape {expected[missing[0]]})")
-            if extra:
-                raise DraftError(f"{path}: tensor {extra[0]} does not belong to an EAGLE-3 draft of this config.json")
-            tensors = {name: file.get_tensor(name) for name in expected if name in names}
+            _check_names(path, names, config)
+            return {name: file.get_tensor(name) for name in config.tensor_shapes() if name in names}
     except FileNotFoundError:
         raise DraftError(f"{path}: no such file; expected the draft's weights") from None
     except (OSError, SafetensorError) as error:
         raise DraftError(f"{path}: cannot be read as safetensors: {error}") from None
-    for name, tensor in tensors.items():
-        _check_tensor(path, name, tensor, expected[name], tensors["fc.weight"].dtype)
-    return tensors
+
+
+def _check_names(path: Path, names: Set[str], config: Eagle3Config) -> None:
+    expected = config.tensor_shapes()
+    missing, extra = sorted(expected.keys() - names - _OPTIONAL), sorted(names - expected.keys() - _OPTIONAL)
+    if "d2t" in extra:
+        raise _other_spelling(path, Spelling.SPECFORGE)
+    if missing:
+        raise DraftError(f"{path}: tensor {missing[0]} is missing (expected shape {expected[missing[0]]})")
+    if extra:
+        raise DraftError(f"{path}: tensor {extra[0]} does not belong to an EAGLE-3 draft of this config.json")
 
 
 def _other_spelling(path: Path, spelling: Spelling) -> DraftError:

@@ -32,8 +32,10 @@ def make_tiny_model(folder: Path) -> Path:
 def config_for(model: Path, out: Path, *flags: str, **own: Any) -> FinetuneConfig:
     """Fields of FinetuneConfig by name, settings shared with train as flags."""
     values = {item.name: item.default for item in own_fields()}
-    values |= {"target": str(model), "out": str(out), "data": str(model / "train.jsonl")} | OWN
-    return make_config(values | own, parse_flags([*SETTINGS, *flags])[1])
+    values |= {"target": str(model), "out": str(out), "data": str(model / "train.jsonl")}
+    if own.get("data") == "":  # only converts
+        return make_config(values | own, parse_flags(flags)[1])
+    return make_config(values | OWN | own, parse_flags([*SETTINGS, *flags])[1])
 
 
 def run(config: FinetuneConfig) -> Path:

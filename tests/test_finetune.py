@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import resource
 import shutil
+import signal
 import weakref
 from collections import Counter
 from collections.abc import Callable
@@ -335,6 +337,27 @@ def test_import_export_and_training_from_another_spelling(
 # ---------------------------------------------------------------- bad input
 
 
+@pytest.mark.parametrize("spelling", ["sglang", "speculators"])
+def test_a_full_disk_names_the_folder_that_was_asked_for(
+    spelling: str, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A file-size limit stands for it. Nothing is written elsewhere, and nothing is left."""
+    draft = Eagle3(Eagle3Config.from_target(read_config(model), DraftConfig()))
+    save_draft(draft, tmp_path / "given")
+    arguments = ["finetune-draft", "--target", str(model), "--import", str(tmp_path / "given"), "--export", spelling]
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+    signal_before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # else the limit kills the process
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, unlimited[1]))
+    try:
+        status = cli.main([*arguments, "--out", str(tmp_path / "out")])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+        signal.signal(signal.SIGXFSZ, signal_before)
+    said = capsys.readouterr().err
+    assert status == 1 and said.startswith(f"slipstream: error: {tmp_path / 'out'}: the draft cannot be saved (")
+    assert said.count("\n") == 1 and [path.name for path in tmp_path.iterdir()] == ["given"]
+
+
 def test_nan_is_named_and_nothing_is_published(config: Config, rollouts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = config(data=str(rollouts))
     update = DraftLearner.update
@@ -392,7 +415,7 @@ def test_bad_input_is_one_line_and_status_2_or_1(
             [*trained, "--init", str(unbroken), "--draft.draft-vocab-size", "9"],
             "draft_vocab_size = 9, but the draft in",
         ),
-        ([*trained, "--draft.aux-layer-ids", "1,2,9"], "expected three distinct ids from 0 to 2"),
+        ([*trained, "--draft.aux-layer-ids", "1,2,9"], "expected three ascending ids from 0 to 2"),
         ([*trained, "--lr", "1"], "--lr is a setting of train .* did you mean --draft.lr"),
         ([*trained, "--eps-clip", "1"], "--eps-clip is a setting of train"),
         ([*trained, "--speculative-algorithm", "EAGLE3"], "answers are generated before there is a draft"),
@@ -412,6 +435,11 @@ def test_bad_input_is_one_line_and_status_2_or_1(
         (
             [*base, "--import", str(unbroken), "--out", str(tmp_path / "out"), "--resume"],
             "--resume: --import without --data only converts",
+        ),
+        ([*base, "--import", str(unbroken), "--out", str(tmp_path / "out"), "--patience", "9"], "--patience: --import"),
+        (
+            [*base, "--import", str(unbroken), "--out", str(tmp_path / "out"), "--draft.lr=1"],
+            "--draft.lr: --import wit",
         ),
         ([*base, "--import", str(model), "--out", str(tmp_path / "out")], "is no EAGLE-3 draft as sglang, specforge"),
         (["finetune-draft", "--target", str(tmp_path), "--data", str(rollouts), "--out", "o"], "config.json: missing"),

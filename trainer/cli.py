@@ -52,7 +52,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         return _fail(str(error), _BAD_INPUT if isinstance(error, ValueError) else _FAILED)
     except OSError as error:
-        return _fail(f"{error.filename or 'input or output'}: {error.strerror or error}", _FAILED)
+        if error.strerror is None:  # this project's own: a whole line
+            return _fail(str(error), _FAILED)
+        return _fail(f"{error.filename or 'input or output'}: {error.strerror}", _FAILED)
     except KeyboardInterrupt:
         return _INTERRUPTED
 

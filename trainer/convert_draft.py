@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from draft_models.checkpoint import CONFIG_NAME, WEIGHTS_NAME, load_draft, save_draft
+from draft_models.checkpoint import CONFIG_NAME, WEIGHTS_NAME, make_draft, save_draft
 from draft_models.eagle3 import DraftError, Eagle3
 from draft_models.spellings import SpelledDraft, Spelling, Target, from_sglang, to_sglang
 from draft_models.vllm_names import check_vllm
@@ -24,12 +23,10 @@ def read_any_draft(folder: Path, target: Target) -> Eagle3:
         ours = to_sglang(spelled, target)
     except DraftError as error:
         raise ConfigError(f"{folder}: {error}") from error
-    with tempfile.TemporaryDirectory(prefix="slipstream-import-") as scratch:
-        _write(ours, Path(scratch))
-        try:
-            return load_draft(Path(scratch), target.config)
-        except DraftError as error:
-            raise ConfigError(str(error).replace(scratch, str(folder))) from error
+    try:
+        return make_draft(ours.config, ours.tensors, folder, target.config)
+    except DraftError as error:
+        raise ConfigError(str(error)) from error
 
 
 def save_draft_as(draft: Eagle3, folder: Path, spelling: Spelling, target: Target) -> None:

@@ -178,9 +178,13 @@ def _publish(tuning: Tuning, target: Target, cost: ReadCost, work: WorkDir, prog
 
 
 def write_draft(draft: Eagle3, folder: Path, spelling: Spelling, target: Target) -> None:
-    """The folder, whole or not at all, after it was read back. Raises OSError; RuntimeError when it reads otherwise."""
+    """The folder, whole or not at all, after it was read back. Raises OSError that names it: a full disk; RuntimeError
+    when it reads otherwise."""
     with whole_folder(folder) as aside:
-        save_draft_as(draft, aside, spelling, target)
+        try:
+            save_draft_as(draft, aside, spelling, target)
+        except OSError as error:
+            raise OSError(str(error).replace(str(aside), str(folder))) from error
         back = read_any_draft(aside, target).named_tensors()
         for name, tensor in draft.named_tensors().items():
             if not torch.equal(back[name], tensor.cpu()):

@@ -20,6 +20,7 @@ _ONLINE = (
     *("draft.train", "draft.train_when", "draft.burst", "draft.schedule", "draft.token_weighting"),
     *("draft.verify_cost", "draft.updates_per_step", "draft.capture_max_bytes"),
 )
+_CONVERSION = ("target", "out", "import_", "export")  # of the fields below, those that --import alone has
 _DRAFTS_TWICE = "rollout.speculative_draft_model_path"
 _OF_A_SYNC = ("rollout.offload", "rollout.sync_")
 _LEAST = {"held_out_tokens": 1, "epochs": 1, "eval_interval": 1, "save_interval": 1, "patience": 0, "warmup_steps": 0}
@@ -91,6 +92,8 @@ def make_config(own: dict[str, Any], overrides: Sequence[Override]) -> FinetuneC
         _refuse_foreign(override)
     config = FinetuneConfig(**own, run=shared_config(overrides))
     _check(config)
+    if not config.data:
+        _refuse_training(config, overrides)
     return config
 
 
@@ -135,6 +138,14 @@ def _refuse_foreign(override: Override) -> None:
         )
 
 
+def _refuse_training(config: FinetuneConfig, overrides: Sequence[Override]) -> None:
+    """ConfigError for the first setting given to a conversion that only training has."""
+    ours = [item for item in own_fields() if item.name not in _CONVERSION]
+    changed = [flag_of(item.name) for item in ours if getattr(config, item.name) != item.default]
+    for flag in (*changed, *(override.flag for override in overrides)):
+        raise ConfigError(f"{flag}: --import without --data only converts, and has no use for it; leave it out")
+
+
 def _check(config: FinetuneConfig) -> None:
     from trainer.config_check import check_draft_training, check_rollout  # as above
 
@@ -145,8 +156,6 @@ def _check(config: FinetuneConfig) -> None:
         raise ConfigError("--init and --import are both given: a draft starts from one of them")
     if not config.data and not config.import_:
         raise ConfigError("--data is not set: give a JSONL file, or --import DIR alone to convert a draft")
-    if not config.data and config.resume:
-        raise ConfigError("--resume: --import without --data only converts, which is never half done; leave it out")
     for name, known in (("export", SPELLINGS), ("lr_decay", DECAYS)):
         value = getattr(config, name)
         if value not in known:
