@@ -68,12 +68,13 @@ def test_training_is_timed_against_scoring_and_a_slow_first_step_is_forgotten() 
     for seconds, decision in (
         (9.0, TRAINED),
         (1.0, TRAINED),
-        (4.7, Decision(4.0, Reason.RISING)),
+        (4.7, Decision(8.0, Reason.RISING)),
         (0.3, SCORED),
         (0.6, Decision(0.5, Reason.KEEP)),
     ):
-        book = ledger.with_draft_time(book, seconds, decision)
-    assert book.train_s == pytest.approx(1.1)  # the median of 8.7, 0.7 and 4.4 / 4
+        book = ledger.with_draft_time(book, seconds, decision, at_hand=4.0)
+    assert book.train_s == pytest.approx(1.1)  # the median of 8.7, 0.7 and 4.4 / 4, which were all the tokens
+    assert ledger.with_draft_time(Ledger(), 1.0, TRAINED, at_hand=0.0) == Ledger()
     assert ledger.from_dict(json.loads(json.dumps(asdict(book)))) == book
 
 

@@ -139,6 +139,15 @@ def test_a_burst_is_as_large_as_the_loss_is_worth() -> None:
     assert list(found.values()) == [4.0, 4.0, 2.0, 1.0, 0.0]
 
 
+def test_a_burst_costs_no_more_than_the_rollouts_tokens() -> None:
+    """Training on all of a rollout's two and a half budgets costs less than the return wins, on eight more."""
+    world = settled()
+    world.level -= 0.8
+    world.money = replace(CHEAP, train_s=9.0, max_burst=8, at_hand=2.5)
+    assert world.step().share == 8.0
+    assert (world.money.training_s(2), world.money.training_s(8)) == (18.0, 22.5)
+
+
 def test_a_slow_new_draft_is_trained_in_bursts_and_is_there_sooner() -> None:
     slow = {"speed": 0.03, "money": replace(CHEAP, longest=4.0)}
     single, bursts = World(**slow), World(**slow)

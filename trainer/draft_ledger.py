@@ -13,13 +13,15 @@ neither.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any
 
+from draft_models.config import DraftConfig
 from rollout_engine.speculation import CostTable
-from rollout_engine.types import SpecStats
+from rollout_engine.types import Sample, SpecStats
+from trainer.draft_learner import num_tokens
 from trainer.draft_schedule import Decision, Reason
 from trainer.metrics import running_by_time
 from trainer.rollouts import Generated, Rollout
@@ -41,7 +43,7 @@ class Basis(StrEnum):
 class Ledger:
     """The account of a run up to now. Seconds of the learner's phase are kept apart by what it did."""
 
-    trained: tuple[tuple[float, float], ...] = ()  # (seconds, budgets) of steps that trained on one or more
+    trained: tuple[tuple[float, float], ...] = ()  # (seconds, budgets' worth of tokens) of steps with whole budgets
     scored_s: tuple[float, ...] = ()  # of steps without training
     probed_cost: float | None = None  # of a step that verifies, in plain ones, at the last probe
     saved_s: float = 0.0
@@ -49,7 +51,7 @@ class Ledger:
 
     @property
     def train_s(self) -> float:
-        """What training on one budget adds to a step; 0 before it was ever timed."""
+        """What training on one budget's tokens adds to a step; 0 before it was ever timed."""
         scored_s = statistics.median(self.scored_s) if self.scored_s else 0.0
         budgets = [max(0.0, seconds - scored_s) / budgets for seconds, budgets in self.trained]
         return statistics.median(budgets) if budgets else 0.0
@@ -60,10 +62,14 @@ def from_dict(data: Mapping[str, Any]) -> Ledger:
     return Ledger(**{**data, "trained": tuple(map(tuple, data["trained"])), "scored_s": tuple(data["scored_s"])})
 
 
-def with_draft_time(ledger: Ledger, seconds: float, decision: Decision) -> Ledger:
-    """After a step whose learner worked for so long; training on a part of the budget says little of the whole."""
-    if decision.share >= 1.0:
-        return replace(ledger, trained=(*ledger.trained, (seconds, decision.share))[-KEPT:])
+def with_draft_time(ledger: Ledger, seconds: float, decision: Decision, at_hand: float) -> Ledger:
+    """After a step whose learner worked for so long on a rollout of `at_hand` budgets' worth of tokens.
+
+    Training on a part of the budget says little of the whole.
+    """
+    budgets = min(decision.share, at_hand)
+    if decision.share >= 1.0 and budgets > 0:
+        return replace(ledger, trained=(*ledger.trained, (seconds, budgets))[-KEPT:])
     if decision.share == 0.0 and decision.reason is not Reason.NO_SAMPLES:
         return replace(ledger, scored_s=(*ledger.scored_s, seconds)[-KEPT:])
     return ledger
@@ -103,6 +109,11 @@ def plain_seconds(rollout: Generated, cost: float) -> float:
     """The rollout's time without speculation, when a step that verifies costs `cost` plain ones."""
     spec = spec_of(rollout)
     return rollout.time_s * spec.tokens_per_forward / (1.0 + verified_share(spec) * (cost - 1.0))
+
+
+def budgets_at_hand(samples: Sequence[Sample], config: DraftConfig) -> float:
+    """Tokens of prompts and responses, in budgets. Samples without signal count too, though none learns from them."""
+    return num_tokens(samples) / (config.updates_per_step * config.max_tokens_per_update)
 
 
 def spec_of(rollout: Generated) -> SpecStats:

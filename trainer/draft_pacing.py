@@ -36,7 +36,8 @@ class DraftPacer:
             patience=MIN_CLIMB if rollout.speculative_draft_model_path else PATIENCE,
         )
         self._ledger = Ledger()
-        self._entropy: float | None = None  # of the last rollout decided on
+        self._entropy: float | None = None  # of the last rollout decided on,
+        self._at_hand = 0.0  # and the budgets' worth of its tokens
         self._forecast: Seen | None = None  # of the rollout before, with that rollout's entropy
 
     def decide(
@@ -46,6 +47,7 @@ class DraftPacer:
         cost, basis = self._verify_cost(rollout, engine)
         metrics = self._note_saving(rollout, cost, basis)
         self._entropy = entropy
+        self._at_hand = draft_ledger.budgets_at_hand(rollout.speculative.samples, self._config.draft)
         when = self._config.draft.when
         if when in FIXED:
             return (Decision(0.0, Reason.NO_SAMPLES) if entropy is None else FIXED[when]), metrics
@@ -74,7 +76,7 @@ class DraftPacer:
         self._forecast = Seen(self._entropy, forecast, FORECAST_ERROR) if known else None
         draft_bytes = sum(spec.num_bytes for spec in plan.tensors if spec.model == "draft")
         spent_s = draft_s + report.time_s * draft_bytes / plan.num_bytes
-        ledger = draft_ledger.with_draft_time(self._ledger, draft_s, decision)
+        ledger = draft_ledger.with_draft_time(self._ledger, draft_s, decision, self._at_hand)
         self._ledger = replace(ledger, spent_s=ledger.spent_s + spent_s)
         return {"draft_spent_time_s": spent_s, "draft_balance_time_s": self._ledger.saved_s - self._ledger.spent_s}
 
@@ -141,6 +143,7 @@ class DraftPacer:
             verify_cost=None if cost is None else cost * length / spec.accept_length,
             longest=self._config.rollout.speculative_num_steps + 1.0,
             max_burst=self._config.draft.burst,
+            at_hand=self._at_hand,
             can_stop=self._config.rollout.controller == "adaptive" and self._config.rollout.engine == "torch",
         )
 

@@ -81,7 +81,7 @@ class Money:
     """What a step's seconds say about training. `plain_s` and `verify_cost` are None when they are not known."""
 
     rollout_s: float
-    train_s: float  # of a training on one budget, beyond mere scoring
+    train_s: float  # of a training on one budget's tokens, beyond mere scoring
     steps_left: int  # rollouts that will still be made
     accept_length: float  # at the full depth, at which the rollout took so long
     verified: float  # share of its forwards that verified drafts
@@ -90,6 +90,11 @@ class Money:
     can_stop: bool  # the engine drafts nothing where drafting loses
     max_burst: int = 1  # budgets that a step may train on where that pays
     longest: float = math.inf  # accept length that no draft exceeds
+    at_hand: float = math.inf  # budgets' worth of tokens in a rollout
+
+    def training_s(self, budgets: float) -> float:
+        """One step's training: further budgets of a rollout that has no more tokens are smaller steps on the same."""
+        return self.train_s * min(budgets, self.at_hand)
 
     @property
     def is_losing(self) -> bool:
@@ -253,7 +258,8 @@ def _rise_pays(judgement: Judgement, money: Money) -> bool:
     """
     budgets, lasting = min(AHEAD, money.max_burst * money.steps_left), min(LASTING, money.steps_left)
     gain_s = _gain_s(judgement, money, judgement.rise, (0, budgets))
-    return gain_s * (lasting - budgets / money.max_burst / 2) > money.train_s * budgets
+    steps = budgets / money.max_burst
+    return gain_s * (lasting - steps / 2) > money.training_s(money.max_burst) * steps
 
 
 def _climbing_burst(judgement: Judgement, money: Money) -> float:
@@ -263,7 +269,8 @@ def _climbing_burst(judgement: Judgement, money: Money) -> float:
     burst, lasting = 1, min(LASTING, money.steps_left)
     rise = min(judgement.rise, judgement.late_rise)
     while 2 * burst <= money.max_burst and (
-        _gain_s(judgement, money, rise, (burst, 2 * burst)) * lasting > money.train_s * burst
+        _gain_s(judgement, money, rise, (burst, 2 * burst)) * lasting
+        > money.training_s(2 * burst) - money.training_s(burst)
     ):
         burst *= 2
     return float(burst)
@@ -289,7 +296,7 @@ def _returning_burst(judgement: Judgement, money: Money) -> float:
     lost_s = money.seconds_at(judgement.seen.accept_length) - money.seconds_at(judgement.expected)
     gain_s = lost_s * min(LASTING, money.steps_left)
     burst = 0
-    while max(1, 2 * burst) <= money.max_burst and gain_s > 2 * max(1, 2 * burst) * money.train_s:
+    while max(1, 2 * burst) <= money.max_burst and gain_s > 2 * money.training_s(max(1, 2 * burst)):
         burst = max(1, 2 * burst)
     return float(burst)
 
