@@ -483,5 +483,7 @@ def test_the_learning_rate_warms_up_and_decays(config: Config) -> None:
 
 def test_a_filtered_law_is_warned_of(config: Config) -> None:
     assert warnings_of(config()) == []
+    (line,) = warnings_of(config("--speculative-num-steps=5"))
+    assert "beyond the first 3 are never trained" in line
     (line,) = warnings_of(config("--rollout-top-p=0.9", "--rollout-top-k=20"))
     assert line.startswith("rollout.top_p = 0.9 and top_k = 20: ") and "\n" not in line

@@ -99,9 +99,11 @@ def make_config(own: dict[str, Any], overrides: Sequence[Override]) -> FinetuneC
 
 def warnings_of(config: FinetuneConfig) -> list[str]:
     """One line each: what is done and may not be what was meant."""
-    from trainer.config_check import check_rollout  # loads torch, which help does without
+    from trainer.config_check import check_rollout, unroll_warning  # loads torch, which help does without
 
     rollout, warnings = config.run.rollout, check_rollout(config.run.rollout, config.run.deterministic)
+    if config.data:
+        warnings += unroll_warning(config.run.draft, rollout)
     pairs = (("top_p", rollout.top_p, 1.0), ("top_k", rollout.top_k, 0))
     filters = [f"{name} = {value}" for name, value, off in pairs if value != off]
     if filters:
