@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rollout_engine.config import RolloutConfig
-from rollout_engine.sglang_checks import THRESHOLDS, below_one
+from rollout_engine.sglang_checks import PREFERRED, THRESHOLDS, below_one
 from sync.wire import LOADER
 
 _SILENT_CAP = 48  # requests that SGLang runs at once under speculation when it is not told how many
@@ -30,6 +30,8 @@ def attach_faults(info: Mapping[str, Any], config: RolloutConfig, policy: Path, 
             for name in THRESHOLDS
             if name in info and below_one(info[name])
         ]
+    if info.get(PREFERRED) and not config.allow_lossy:
+        faults.append(f"it changes every request by {PREFERRED} = {info[PREFERRED]!r} (--allow-lossy accepts that)")
     # On another machine the same checkpoint may lie elsewhere; what its sync plan says is checked tensor by tensor.
     if Path(info.get("model_path", "")).name != policy.resolve().name:
         faults.append(f"it serves model_path = {info.get('model_path')!r}, the run's policy is {str(policy)!r}")

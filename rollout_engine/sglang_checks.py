@@ -67,6 +67,7 @@ _PARALLEL = (
 
 _HIGHEST_PORT = 65535
 
+PREFERRED = "preferred_sampling_params"
 THRESHOLDS = ("speculative_accept_threshold_single", "speculative_accept_threshold_acc")
 
 
@@ -127,10 +128,14 @@ def check_draft_vocabulary(config: RolloutConfig, is_reduced: bool) -> None:
 
 
 def lossy_settings(config: RolloutConfig) -> list[str]:
-    """Settings under which speculation in SGLang does not keep the policy's law, each with the reason; [] when none."""
-    if config.speculative_algorithm == "NONE":
-        return []
+    """Settings under which SGLang's samples do not keep the policy's law, each with the reason; [] when none."""
     found = []
+    if config.sglang.get(PREFERRED):
+        found.append(
+            f"rollout.sglang.{PREFERRED}: penalties and the like in every request, of which training knows nothing"
+        )
+    if config.speculative_algorithm == "NONE":
+        return found
     if config.min_p > 0:
         found.append(f"rollout.min_p = {config.min_p} with speculation: SGLang applies it to the first token only")
     for name in THRESHOLDS:

@@ -194,6 +194,10 @@ SGLANG = ("--engine=sglang", "--rollout.controller=fixed")
         (["--rollout.min-p=1.5"], "at least 0 \\(off\\) and below 1"),
         (["--sglang-speculative-accept-threshold-single=0.9"], "below 1.0 SGLang keeps draft tokens.*--allow-lossy"),
         (["--sglang-speculative-accept-threshold-acc", "x"], "threshold_acc = 'x' with speculation"),
+        (
+            ["--sglang-preferred-sampling-params={repetition_penalty = 1.1}"],
+            "of which training knows nothing.*allow-lossy",
+        ),
         (["--update-weight-transport=nccl"], "use one of auto, ipc, disk, broadcast"),
         (["--update-weight-transport=disk"], "give --update-weight-disk-dir DIR"),
         (["--rollout-external-engine-addrs=h:30000"], "needs a folder that trainer and engine both see"),

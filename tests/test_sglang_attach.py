@@ -67,6 +67,7 @@ def test_all_differences_are_named_at_once() -> None:
         ({"max_running_requests": 16}, "max_running_requests = 16 at once, the run asks for 32"),
         ({"tp_size": 2}, "tp_size = 2, the run asks for 1"),
         ({"quantization": "fp8"}, "quantization = 'fp8'"),
+        ({"preferred_sampling_params": {"min_p": 0.1}}, "changes every request by preferred_sampling_params"),
     ],
 )
 def test_a_difference_is_named(change: dict[str, Any], message: str) -> None:
@@ -77,6 +78,7 @@ def test_lossy_ones_can_be_allowed_and_plain_ones_have_no_thresholds() -> None:
     lossy = {"speculative_accept_threshold_single": 0.5}
     assert faults(SPECULATING | lossy, replace(EAGLE3, allow_lossy=True)) == ""
     assert faults(INFO | lossy, PLAIN) == ""
+    assert "preferred" in faults(INFO | {"preferred_sampling_params": '{"min_p": 0.1}'}, PLAIN)
 
 
 def test_one_that_caps_its_requests_in_silence() -> None:
