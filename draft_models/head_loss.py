@@ -31,7 +31,7 @@ class HeadTask:
 
     batch: DraftBatch
     target_ids_R: Tensor | None
-    loss: LossKind
+    loss: LossKind | None  # None: neither loss nor figures, the posteriors alone
     weight_KQ: Tensor  # of each row's loss; 0 where no chain is
     rule: VerifyRule | None  # for its acceptance
     accept_rows: Tensor | None  # int64 on the CPU, ascending: where that is taken, 0 elsewhere; None = everywhere
@@ -49,7 +49,7 @@ def head_loss(normed_KQH: Tensor, head_RH: Tensor, task: HeadTask) -> tuple[Tens
     Returns:
         the loss (scalar), and without gradient: figures [6, K, Q] (loss, KL, overlap, top1, agree, and acceptance under
         the rule, zero without one or where it is not taken) and acceptance posteriors [K, Q] (zero unless wanted), all
-        meaningless where no chain is.
+        meaningless where no chain is. Loss and figures are zero when the task has no loss.
     """
     wants_grad = torch.is_grad_enabled() and (normed_KQH.requires_grad or head_RH.requires_grad)
     loss, figures, posterior = _HeadLoss.apply(normed_KQH, head_RH, task, wants_grad)
@@ -66,7 +66,7 @@ class _HeadLoss(torch.autograd.Function):
         # Scaling the input scales the logits, and is a pass over H instead of R numbers.
         x_KQH = (normed_KQH / temperature_Q1).to(task.product_dtype)
         head = head_RH.to(task.product_dtype)
-        figures = normed_KQH.new_empty(NUM_FIGURES, num_steps, num_rows)
+        figures = normed_KQH.new_zeros(NUM_FIGURES, num_steps, num_rows)
         posterior = normed_KQH.new_zeros(num_steps, num_rows)
         grad_x = torch.empty_like(x_KQH) if wants_grad else x_KQH.new_empty(0)
         grad_head = torch.zeros_like(head_RH) if wants_grad else head_RH.new_empty(0)
@@ -79,6 +79,8 @@ class _HeadLoss(torch.autograd.Function):
             logits_KcR = F.linear(x_KcH, head).to(normed_KQH.dtype)
             if task.rule is not None and task.wants_posterior:
                 posterior[:, rows] = _posterior(task, task.rule, rows, logits_KcR, target_logits_cV)
+            if task.loss is None:
+                continue
             target = soft_target(target_logits_cV, task.target_ids_R, with_log=task.loss is LossKind.REVERSE_KL)
             found = compare(logits_KcR, target)
             accept = _acceptance(task, rows, found, target)

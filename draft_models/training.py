@@ -76,18 +76,17 @@ def draft_loss(
     step_decay: float,
     rule: VerifyRule | None = None,
     *,
-    loss: LossKind = LossKind.FORWARD_KL,
-    acceptance: bool = True,
+    loss: LossKind | None = LossKind.FORWARD_KL,
     posteriors: bool = True,
     product_dtype: torch.dtype | None = None,
 ) -> DraftLoss:
     """`loss` of `depth` unrolled steps against the target at the rollout's temperature.
 
     Greedy samples are compared at temperature 1. With `rule` the same forward also gives `accept_K` (of a large batch
-    under the coupled rule estimated from some of its rows: it sorts the vocabulary), unless `acceptance` is off, and,
-    unless `posteriors` is, `posterior_QK`, what the acceptance forecast needs. `product_dtype` (bfloat16, say) is that
-    of the matrix products' operands; None is the weights' own. Weights, norms, residual stream, softmax and loss keep
-    the weights' dtype.
+    under the coupled rule estimated from some of its rows: it sorts the vocabulary), and, unless `posteriors` is off,
+    `posterior_QK`, what the acceptance forecast needs. With `loss` None that alone is computed: the sums are zero.
+    `product_dtype` (bfloat16, say) is that of the matrix products' operands; None is the weights' own. Weights, norms,
+    residual stream, softmax and loss keep the weights' dtype.
     """
     dtype = draft.lm_head.weight.dtype
     product_dtype = product_dtype or dtype
@@ -101,8 +100,6 @@ def draft_loss(
         weight_KQ = weight_KQ * batch.weight_Q.to(dtype)
     wants_posterior = rule is not None and posteriors
     accept_at, accept_factors = accept_rows(rule, batch, depth)
-    if not acceptance:
-        accept_at = torch.empty(0, dtype=torch.int64)
     task = HeadTask(batch, draft.target_ids, loss, weight_KQ, rule, accept_at, wants_posterior, product_dtype)
     normed_KQH = draft.final_norm(torch.stack(states))
     loss_sum, figures, posterior_KQ = head_loss(normed_KQH, draft.lm_head.weight, task)
@@ -117,7 +114,7 @@ def draft_loss(
         overlap_K=overlap_K,
         top1_K=top1_K,
         agree_K=agree_K,
-        accept_K=accept_K if rule is not None and acceptance else None,
+        accept_K=accept_K if rule is not None and loss is not None else None,
         posterior_QK=by_chain if wants_posterior else None,
     )
 
@@ -130,7 +127,7 @@ def accept_posteriors(
 
     For the text as it is, under `rule` and the temperature, without top-p or top-k. 0 beyond the end of the text.
     """
-    forecast = draft_loss(draft, batch, depth, 1.0, rule, acceptance=False, product_dtype=product_dtype)
+    forecast = draft_loss(draft, batch, depth, 1.0, rule, loss=None, product_dtype=product_dtype)
     posterior_QK = forecast.posterior_QK
     assert posterior_QK is not None
     return posterior_QK

@@ -260,6 +260,14 @@ def test_the_coupled_figure_sorts_few_rows_of_a_large_batch(monkeypatch: pytest.
     assert not num_sorted
 
 
+def test_a_forecast_computes_no_loss_and_says_what_the_training_forward_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    draft, batch = small_draft(), batch_of(mixed_samples(torch.float32))
+    trained = draft_loss(draft, batch, DEPTH, 0.8, VerifyRule.REJECTION).posterior_QK
+    monkeypatch.setattr(head_loss, "compare", None)
+    monkeypatch.setattr(head_loss, "loss_and_gradient", None)
+    assert torch.equal(accept_posteriors(draft, batch, DEPTH, VerifyRule.REJECTION), trained)
+
+
 def test_every_step_is_in_the_coupled_figure(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also a step that a single chain reaches, in a text that is not the last."""
     monkeypatch.setattr(head_loss, "_SORTED_ROWS", 2)
