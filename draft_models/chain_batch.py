@@ -47,6 +47,7 @@ class DraftBatch:
     next_token_Q: Tensor  # int64: the token that step 0 predicts
     next_index_Q: Tensor  # int64: its index in the whole text
     weight_Q: Tensor | None  # of that token in the loss; None = all 1
+    total_weight: float  # of all chains: what a sum over them is divided by for their mean
     target_hidden_QW: Tensor  # what the target's output layer read for that token
     target_head_VW: Tensor  # the output layer
     temperature_B: Tensor  # float64; 0 = greedy
@@ -85,7 +86,7 @@ def make_batch(samples: Sequence[DraftSample], *, window: int = 0) -> DraftBatch
     cuts = [cut for sample in samples for cut in _cut(sample, window) if cut.num_chains > 0]
     if not cuts:
         return None
-    head_VW = cuts[0].sample.target_head
+    head_VW, weight_Q = cuts[0].sample.target_head, _weights(cuts)
     if any(cut.sample.target_head is not head_VW for cut in cuts):
         raise ValueError("samples of different forwards in one draft batch: each has an output layer of its own")
     cuts.sort(key=lambda cut: cut.num_keys)
@@ -108,7 +109,8 @@ def make_batch(samples: Sequence[DraftSample], *, window: int = 0) -> DraftBatch
         steps_left_Q=send(num_chains_B[chain_sample_Q] - chain_rank_Q),
         next_token_Q=torch.cat([cut.sample.token_ids[cut.first_chain + 2 : cut.stop] for cut in cuts]),
         next_index_Q=send(first_chain_B[chain_sample_Q] + chain_rank_Q + 2),
-        weight_Q=_weights(cuts, device),
+        weight_Q=None if weight_Q is None else send(weight_Q),
+        total_weight=float(sum(num_chains) if weight_Q is None else weight_Q.sum(dtype=torch.float64)),
         target_hidden_QW=torch.cat([cut.sample.target_hidden[cut.first_chain + 1 : cut.stop - 1] for cut in cuts]),
         target_head_VW=head_VW,
         temperature_B=send(torch.tensor([cut.sample.temperature for cut in cuts], dtype=torch.float64)),
@@ -151,10 +153,10 @@ class _Cut:
         return weight_R[first : first + self.num_chains]
 
 
-def _weights(cuts: Sequence[_Cut], device: torch.device) -> Tensor | None:
+def _weights(cuts: Sequence[_Cut]) -> Tensor | None:
     if all(cut.sample.token_weights is None for cut in cuts):
         return None
-    return torch.cat([cut.next_token_weights for cut in cuts]).to(device, non_blocking=True)
+    return torch.cat([cut.next_token_weights for cut in cuts])
 
 
 def _cut(sample: DraftSample, window: int) -> Iterator[_Cut]:

@@ -65,7 +65,7 @@ class DraftLoss:
 
     @property
     def token_count(self) -> int:
-        """Chains, i.e. rows of step 0: what `loss_sum` is to be divided by."""
+        """Chains, i.e. rows of step 0: what `loss_sum` is to be divided by where the batch has no weights."""
         return self.counts[0]
 
 

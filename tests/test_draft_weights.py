@@ -55,3 +55,19 @@ def test_an_update_is_weighed() -> None:
     ]
     assert losses[0]["draft_loss"] == losses[2]["draft_loss"] != losses[1]["draft_loss"]
     assert losses[0]["draft_accept_by_step"] == losses[1]["draft_accept_by_step"]  # figures are not weighed
+
+
+@pytest.mark.parametrize("most", [0, 12])
+def test_weights_are_relative(most: int) -> None:
+    """Eight times the weight of every token, in one forward or in several, is the same loss and the same gradient."""
+    captured = weighed(
+        [random_sample(length, 4, seed) for seed, length in enumerate((10, 24))], of_lengths(6, 20), slots=4
+    )
+    heavy = [replace(s, token_weights=8 * s.token_weights) for s in captured]
+    config, settings = DraftConfig(max_tokens_per_forward=most), DraftSettings(VerifyRule.REJECTION, 3)
+    keys = frozenset((s.prompt_id, s.sample_id) for s in captured)
+    one, other = (
+        DraftLearner(small_draft(), config, settings).update(samples, [keys]) for samples in (captured, heavy)
+    )
+    assert one["draft_loss"] == other["draft_loss"] and one["draft_grad_norm"] == other["draft_grad_norm"]
+    assert one["draft_tokens"] == other["draft_tokens"] == 5 + 19

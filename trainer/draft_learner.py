@@ -198,15 +198,16 @@ class DraftLearner:
     def _backward(self, batches: Sequence[DraftBatch], *, posteriors: bool) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """Gradient of the mean over the group's chains, as far as it comes from this rank: one forward a batch.
 
+        The mean is by weight, so that learning rate and clipping mean the same however a part's tokens are weighted.
         Returns sums over the group, and the forecast's posteriors of each batch when they are asked for.
         """
-        count = self._global_count(batches)
+        weight = self._global_weight(batches)
         self._optimizer.zero_grad(set_to_none=False)
         sums = torch.zeros(1 + self.config.unroll, 5, dtype=torch.float64, device=self._device)
         found = []
         for batch in batches:
             loss = self._loss(batch, posteriors=posteriors)
-            (loss.loss_sum / count).backward()
+            (loss.loss_sum / weight).backward()
             sums += self._sums(loss, batch)
             if loss.posterior_QK is not None:
                 found.append(loss.posterior_QK)
@@ -225,41 +226,41 @@ class DraftLearner:
             product_dtype=self._product_dtype,
         )
 
-    def _global_count(self, batches: Sequence[DraftBatch]) -> int:
-        """Chains of the whole group."""
-        mine = sum(sum(batch.num_chains) for batch in batches)
+    def _global_weight(self, batches: Sequence[DraftBatch]) -> float:
+        """Of the whole group's chains: their number, unless `draft.token_weighting` tells them apart."""
+        mine = sum(batch.total_weight for batch in batches)
         if self._group is None or self._group.size() == 1:
             return mine  # nothing to wait for
-        count = torch.tensor(mine, device=self._device)
-        all_reduce(count, self._group)
-        return int(count)
+        weight = torch.tensor(mine, dtype=torch.float64, device=self._device)
+        all_reduce(weight, self._group)
+        return float(weight)
 
     def _sums(self, loss: DraftLoss, batch: DraftBatch) -> torch.Tensor:
-        """Float64 [1 + unroll, 5]: (loss, chains, tokens of the text that the draft can say, 0, 0), then
+        """Float64 [1 + unroll, 5]: (loss, chains, their weight, tokens of the text that the draft can say, 0), then
         (chains, KL, overlap, top1, acceptance) by step."""
         assert loss.accept_K is not None
-        counts = torch.tensor([loss.token_count, *loss.counts], dtype=torch.float64)
+        counts = torch.tensor([loss.token_count, batch.total_weight, *loss.counts], dtype=torch.float64)
         counts = counts.to(self._device, non_blocking=True)
         sums = torch.zeros(1 + self.config.unroll, 5, dtype=torch.float64, device=self._device)
-        sums[0, 0], sums[0, 1], sums[1:, 0] = loss.loss_sum.detach(), counts[0], counts[1:]
+        sums[0, 0], sums[0, 1:3], sums[1:, 0] = loss.loss_sum.detach(), counts[:2], counts[2:]
         if self.draft.config.is_reduced:
-            sums[0, 2] = self.draft.get_buffer("t2d")[batch.next_token_Q].sum()
+            sums[0, 3] = self.draft.get_buffer("t2d")[batch.next_token_Q].sum()
         sums[1:, 1:] = torch.stack((loss.kl_K, loss.overlap_K, loss.top1_K, loss.accept_K), dim=1)
         return sums
 
     def _step(self, sums: torch.Tensor, batches: Sequence[DraftBatch]) -> dict[str, float]:
         """Reduce over the group, clip, step. A rank without samples adds zero; without any on any rank: {}."""
         grad_norm = self._reduce_and_clip()
-        (loss_sum, count, sayable, *_), *by_step = sums.tolist()
+        (loss_sum, count, weight, sayable, _), *by_step = sums.tolist()
         if count == 0:
             return {}
         if not (math.isfinite(loss_sum) and math.isfinite(grad_norm)):
             raise DraftUpdateError(
-                f"draft update refused: loss {loss_sum / count}, gradient norm {grad_norm}; draft and optimizer are as "
-                f"before; {why_not_finite(self.draft, batches)}"
+                f"draft update refused: loss {loss_sum / weight}, gradient norm {grad_norm}; draft and optimizer are "
+                f"as before; {why_not_finite(self.draft, batches)}"
             )
         self._take_step()
-        result = {"loss": loss_sum / count, "grad_norm": grad_norm, "tokens": count}
+        result = {"loss": loss_sum / weight, "grad_norm": grad_norm, "tokens": count}
         if self.draft.config.is_reduced:
             result["vocab_coverage"] = sayable / count
         for j, (chains, *totals) in enumerate(by_step):
