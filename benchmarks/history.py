@@ -8,6 +8,7 @@ average, and no point mass with more than E[max p].
 from __future__ import annotations
 
 import argparse
+import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -29,6 +30,7 @@ from benchmarks.common import (
     interleaved,
     paired_ratio,
     positive,
+    positives,
     provenance,
     run,
     seconds,
@@ -45,6 +47,7 @@ from rollout_engine.history_plan import num_agreeing
 from rollout_engine.torch_engine import TorchEngine
 from rollout_engine.types import RolloutRequest, Sample, SamplingParams, SpecStats
 
+_WALK_TOKENS, _LOOK_UPS = 1000, 10_000  # of an index that is timed alone
 _TRAINING_SEED = 1 << 20  # of the draft's own prompts and texts, which no measured request has
 
 
@@ -153,22 +156,67 @@ class _Replay:
         text += rest[: stood + 1]
         self.tokens += len(rest[: stood + 1])
         start_s = time.perf_counter()
-        index.extend(number)
+        index.extend(number, text)
         self.extend_s += time.perf_counter() - start_s
 
     def figures(self) -> dict[str, float]:
-        times_us = torch.tensor(self.look_up_s, dtype=torch.float64) * 1e6
         return {
             "history_alone_proposes": self.verifies / max(self.steps, 1),
             "history_alone_accept_rate_1": self.first / max(self.verifies, 1),
             "history_alone_tokens_per_verify": 1 + self.accepted / max(self.verifies, 1),
             "history_alone_tokens_per_forward": 1 + self.accepted / max(self.steps, 1),
-            "look_ups": self.steps,
-            "look_up_p50_us": times_us.quantile(0.5).item(),
-            "look_up_p99_us": times_us.quantile(0.99).item(),
-            "look_up_max_us": times_us.max().item(),
+            **look_up_figures(self.look_up_s),
             "extend_us_per_token": 1e6 * self.extend_s / max(self.tokens, 1),
         }
+
+
+def look_up_figures(times_s: Sequence[float]) -> dict[str, float]:
+    times_us = torch.tensor(times_s, dtype=torch.float64) * 1e6
+    return {
+        "look_ups": len(times_s),
+        "look_up_p50_us": times_us.quantile(0.5).item(),
+        "look_up_p99_us": times_us.quantile(0.99).item(),
+        "look_up_max_us": times_us.max().item(),
+    }
+
+
+def big_index(args: argparse.Namespace, num_tokens: int) -> dict[str, Any]:
+    """Look-ups in random walks of `num_tokens` together, where every word is followed by one of four.
+
+    Each two words stand five times, so that nearly every look-up finds something, and several places to compare.
+    """
+    walks = max(1, num_tokens // _WALK_TOKENS)
+    tokens = walks * _WALK_TOKENS
+    rng, words = random.Random(0), tokens // 20
+    texts = [_walk(rng, words, _WALK_TOKENS) for _ in range(walks)]
+    index = HistoryIndex(args.min_match, args.max_match)
+    build_s = seconds(lambda: [index.add(text) for text in texts])
+    num_bytes = index.num_bytes
+    running = [_walk(rng, words, args.max_match) for _ in range(args.batch_size)]
+    numbers = [index.add(text) for text in running]
+    times_s, num_found = [], 0
+    for _ in range(_LOOK_UPS // args.batch_size):
+        for number, text in zip(numbers, running, strict=True):
+            start_s = time.perf_counter()
+            match = index.look_up(number, args.history_num_steps or args.k)
+            times_s.append(time.perf_counter() - start_s)
+            num_found += match is not None
+            text.append(_step(rng, words, text[-1]))
+            index.extend(number, text)
+    found = {"kind": "index", "indexed_tokens": tokens, "found": num_found / len(times_s)}
+    found |= look_up_figures(times_s)
+    return found | {"extend_us_per_token": 1e6 * build_s / tokens, "bytes_per_token": num_bytes / tokens}
+
+
+def _walk(rng: random.Random, words: int, num_tokens: int) -> list[int]:
+    text = [rng.randrange(words)]
+    while len(text) < num_tokens:
+        text.append(_step(rng, words, text[-1]))
+    return text
+
+
+def _step(rng: random.Random, words: int, token: int) -> int:
+    return (4 * token + rng.randrange(4)) % words
 
 
 # ---- rows ----
@@ -253,6 +301,19 @@ def show(out: Console, rows: Sequence[Mapping[str, Any]], note: str) -> None:
     out.print(table)
 
 
+def show_index(out: Console, rows: Sequence[Mapping[str, Any]]) -> None:
+    table = Table(title="look-ups in an index of random walks")
+    for head in ("tokens", "found", "p50, us", "p99, us", "longest, us", "taking in a token, us", "bytes a token"):
+        table.add_column(head, justify="right")
+    for row in rows:
+        times = [f"{row[f'look_up_{name}_us']:.1f}" for name in ("p50", "p99", "max")]
+        extend = f"{row['extend_us_per_token']:.2f}"
+        table.add_row(
+            f"{row['indexed_tokens']:,}", f"{row['found']:.0%}", *times, extend, f"{row['bytes_per_token']:.0f}"
+        )
+    out.print(table)
+
+
 def _of(name: str) -> Callable[[Mapping[str, Any]], str]:
     return lambda row: f"{row[f'{name}_tokens_per_verify']:.2f} / {row[f'{name}_tokens_per_forward']:.2f}"
 
@@ -287,6 +348,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--min-match", type=positive, default=defaults.history_min_match)
     add("--max-match", type=positive, default=defaults.history_max_match)
     add("--min-confidence", type=float, default=defaults.history_min_confidence)
+    add("--index-tokens", type=positives, default=(100_000, 1_000_000), help="sizes at which look-ups are timed alone")
     return parser.parse_args(argv)
 
 
@@ -317,10 +379,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         "eagle3+history": lambda seed: roll_out(args, policy, draft, seed, history=True),
     }
     rows = rows_of(args, policy, draft, interleaved(arms, args.seeds))
+    indices = [big_index(args, num_tokens) for num_tokens in args.index_tokens]
     show(console(), rows, policy.note)
+    show_index(console(), indices)
     about = ("temperature", "rule", "controller", "k", "history_num_steps", "batch_size", "group", "prompts_per_seed")
     shared = {"policy": str(args.policy), "policy_note": policy.note} | {key: getattr(args, key) for key in about}
-    append_results(args.results, [shared | row for row in rows], provenance("benchmarks.history"))
+    append_results(args.results, [shared | row for row in (*rows, *indices)], provenance("benchmarks.history"))
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ _LEVELS_OF_A_CHAIN = 2
 _SUPPORTS = 5
 
 # What CPython takes, measured: an index at its worst, just after its dictionaries have grown, and a store.
-_INDEXED_TOKEN_BYTES = 40
+_INDEXED_TOKEN_BYTES = 5
 _CHAINED_TOKEN_BYTES = 150  # by chain
 _INDEXED_TEXT_BYTES = 500
 _STORED_TOKEN_BYTES = 4
@@ -60,40 +60,38 @@ class HistoryIndex:
             _Chain(first, levels[first : first + _LEVELS_OF_A_CHAIN])
             for first in reversed(range(0, len(levels), _LEVELS_OF_A_CHAIN))
         )
-        self._texts: list[list[int]] = []
-        self._indexed: list[int] = []  # tokens of each text that the chains know as followers
+        self._texts: list[array[int]] = []
         self._token_bytes = indexed_token_bytes(min_match, max_match)
         self.num_bytes = 0  # about what it takes, and seldom more than it does
 
-    def add(self, text: list[int], start: int = 0) -> int:
-        """A text's number. It is kept by reference and may grow; what follows before `start` is never proposed.
+    def add(self, text: Sequence[int], start: int = 0) -> int:
+        """A text's number. What follows before `start` is never proposed.
 
         The first `start` tokens are a prompt that another text has brought already.
         """
         number = len(self._texts)
-        self._texts.append(text)
-        self._indexed.append(start)
+        self._texts.append(array("i", text[:start]))
         for chain in self._chains:
             chain.older.append(array("q"))
             chain.starts.append(start)
         self.num_bytes += _INDEXED_TEXT_BYTES
-        self.extend(number)
+        self.extend(number, text)
         return number
 
-    def extend(self, number: int) -> None:
-        """Take in what a text has grown by."""
-        text, first = self._texts[number], self._indexed[number]
-        end, place = len(text), number << _POSITION_BITS
+    def extend(self, number: int, grown: Sequence[int]) -> None:
+        """Take in what a text has grown by, given the whole of it."""
+        text = self._texts[number]
+        first, end, place = len(text), len(grown), number << _POSITION_BITS
+        text.extend(array("i", grown[first:]))
         for chain in self._chains:
             length, latest, older = chain.length, chain.latest, chain.older[number]
             for position in range(first, end):
                 if position < length:
                     older.append(-1)
                     continue
-                key = hash(tuple(text[position - length : position]))
+                key = hash(text[position - length : position].tobytes())
                 older.append(latest.get(key, -1))
                 latest[key] = place + position
-        self._indexed[number] = end
         self.num_bytes += (end - first) * self._token_bytes
 
     def look_up(self, number: int, num_tokens: int) -> Match | None:
@@ -107,13 +105,13 @@ class HistoryIndex:
         for chain in self._chains:
             if chain.length > end:
                 continue
-            place = chain.latest.get(hash(tuple(text[end - chain.length :])), -1)
+            place = chain.latest.get(hash(text[end - chain.length :].tobytes()), -1)
             if place >= 0:
                 level, found = self._longest(chain, place, text)
                 return self._match(text, level, found, num_tokens)
         return None
 
-    def _longest(self, chain: _Chain, place: int, text: list[int]) -> tuple[int, list[tuple[list[int], int]]]:
+    def _longest(self, chain: _Chain, place: int, text: array[int]) -> tuple[int, list[tuple[array[int], int]]]:
         """The level of the longest agreement among the latest places of a chain, and those of them that reach it."""
         texts, older, starts, end = self._texts, chain.older, chain.starts, len(text)
         longer = [(n, text[end - n :]) for n in chain.longer if n <= end]
@@ -133,7 +131,7 @@ class HistoryIndex:
             num_left -= 1
         return chain.level + best, found
 
-    def _match(self, text: list[int], level: int, found: list[tuple[list[int], int]], num_tokens: int) -> Match:
+    def _match(self, text: array[int], level: int, found: list[tuple[array[int], int]], num_tokens: int) -> Match:
         followers = [candidate[position] for candidate, position in found]
         token = followers[0]
         agreeing = followers.count(token)
@@ -218,14 +216,14 @@ class HistoryStore:
         while self.num_bytes > self._max_bytes:
             self._forget_oldest()
 
-    def responses(self, prompt: tuple[int, ...], max_tokens: int) -> list[list[int]]:
+    def responses(self, prompt: tuple[int, ...], max_tokens: int) -> list[array[int]]:
         """The prompt's latest responses that have at most `max_tokens` together, the oldest of them first."""
-        found: list[list[int]] = []
+        found: list[array[int]] = []
         for text in reversed(self._by_prompt.get(prompt, ())):
             max_tokens -= len(text.response)
             if max_tokens < 0:
                 break
-            found.append(text.response.tolist())
+            found.append(text.response)
         return found[::-1]
 
     def state(self) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import tracemalloc
+from array import array
 from collections import Counter
 from collections.abc import Callable
 
@@ -62,7 +63,7 @@ def test_look_ups_are_those_made_by_hand(vocab: int) -> None:
         grown = [rng.randrange(vocab) for _ in range(rng.randrange(1, 5))]
         places += [(number, len(texts[number]) + i) for i in range(len(grown))]
         texts[number] += grown
-        index.extend(number)
+        index.extend(number, texts[number])
         match = index.look_up(number, 4)
         assert list(match.tokens if match else ()) == by_hand(texts, places, number, levels, 4)
         num_found += match is not None
@@ -108,6 +109,10 @@ def test_lengths_that_make_no_sense_are_refused() -> None:
 # ------------------------------------------------------------------ finished texts
 
 
+def lists(store: HistoryStore, prompt: tuple[int, ...], max_tokens: int) -> list[list[int]]:
+    return [list(response) for response in store.responses(prompt, max_tokens)]
+
+
 def test_the_oldest_texts_are_forgotten_first() -> None:
     a, b = (1, 2), (3, 4, 5)
     prompts = sum(map(history_module._prompt_bytes, (a, b)))
@@ -116,13 +121,13 @@ def test_the_oldest_texts_are_forgotten_first() -> None:
     store.add(a, [10] * 100)
     store.add(b, [11] * 100)
     store.add(a, [12] * 100)
-    assert store.num_bytes == prompts + 3 * text and store.responses(a, 1000) == [[10] * 100, [12] * 100]
+    assert store.num_bytes == prompts + 3 * text and lists(store, a, 1000) == [[10] * 100, [12] * 100]
     store.add(b, [13])
     assert store.num_bytes == prompts + 3 * text - 4 * 99  # the first went
-    assert store.responses(a, 1000) == [[12] * 100] and store.responses(b, 1000) == [[11] * 100, [13]]
-    assert store.responses(b, 100) == [[13]] and store.responses((9,), 4) == []
+    assert lists(store, a, 1000) == [[12] * 100] and lists(store, b, 1000) == [[11] * 100, [13]]
+    assert lists(store, b, 100) == [[13]] and lists(store, (9,), 4) == []
     store.add(a, [14] * 5000)
-    assert store.num_bytes == 0 and store.responses(b, 1000) == []
+    assert store.num_bytes == 0 and lists(store, b, 1000) == []
 
 
 @pytest.mark.parametrize("max_bytes", [100_000, 8_000])
@@ -182,7 +187,7 @@ def test_memory_is_what_is_said(num_texts: int, length: int, max_match: int) -> 
     def index() -> HistoryIndex:
         index = HistoryIndex(2, max_match)
         for response in store.responses(prompt, 1 << 30):
-            index.add([*prompt, *response], start=len(prompt))
+            index.add(array("i", prompt) + response, start=len(prompt))
         return index
 
     store, num_bytes = taken(fill)

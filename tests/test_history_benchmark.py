@@ -44,13 +44,24 @@ def test_both_arms_answer_the_same_requests(tmp_path: Path, capsys: pytest.Captu
     policy, results = make_model(made), tmp_path / "history.jsonl"
     history.main(
         f"--policy {policy} --results {results} --prompts-per-seed 2 --group 3 --seeds 0,1 --max-new-tokens 16 "
-        "--batch-size 4 --controller fixed --train-draft-steps 1 --train-draft-samples 4 --min-match 1".split()
+        "--batch-size 4 --controller fixed --train-draft-steps 1 --train-draft-samples 4 --min-match 1 "
+        "--index-tokens 3000".split()
     )
-    rows = [json.loads(line) for line in results.read_text().splitlines()]
+    *rows, index = [json.loads(line) for line in results.read_text().splitlines()]
     assert [(row["epoch"], row["num_seeds"]) for row in rows] == [(1, 2), (2, 2)]
     for row in rows:
         assert row["target_sum_p2"] <= row["target_max_prob"] <= 1 <= row["both_tokens_per_verify"]
         assert row["tokens_per_verify_gain"] == pytest.approx(row["tokens_per_forward_gain"])  # fixed: all steps draft
         assert row["tokens_per_s_ratio"]["low"] < row["tokens_per_s_ratio"]["high"]
         assert row["policy"] == str(policy) and row["controller"] == "fixed" and row["commit"]
-    assert "EAGLE-3 + history, tokens per verify / forward" in capsys.readouterr().out
+    assert (index["kind"], index["indexed_tokens"], index["k"], index["look_ups"]) == ("index", 3000, 3, 10_000)
+    said = capsys.readouterr().out
+    assert "EAGLE-3 + history, tokens per verify / forward" in said and "p99, us" in said
+
+
+def test_most_look_ups_in_random_walks_find_what_can_follow():
+    args = history.parse(["--policy", "unused", "--batch-size", "4"])
+    found = history.big_index(args, 20_000)
+    assert found["indexed_tokens"] == 20_000 and found["found"] > 0.9
+    assert 0 < found["look_up_p50_us"] <= found["look_up_p99_us"] <= found["look_up_max_us"]
+    assert 300 < found["bytes_per_token"] < 310
