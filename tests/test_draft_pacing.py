@@ -138,10 +138,14 @@ def test_the_account_has_the_drafts_share_of_the_sync(tmp_path: Path) -> None:
     }
 
 
-def test_an_engine_that_serves_no_draft_any_more_trains_none(tmp_path: Path) -> None:
+@pytest.mark.parametrize("when", ["always", "pays"])
+def test_an_engine_that_serves_no_draft_any_more_trains_none(tmp_path: Path, when: str) -> None:
     rollout = Rollout(generated(10.0, 300, SpecStats(300)), None)
-    decision, _ = pacer(tmp_path).decide(0, rollout, 1.0, engine(has_draft=False))
+    book = pacer(tmp_path, draft__train_when=when)
+    decision, _ = book.decide(0, rollout, 1.0, engine(has_draft=False))
     assert decision == Decision(0.0, Reason.STOPPED)
+    settle(book, decision, 0.0, None)
+    assert book.state()["ledger"]["scored_s"] == ()  # it was not even scored
 
 
 @pytest.mark.parametrize(("history", "spec"), [(False, SpecStats(300)), (True, SPEC)])

@@ -49,6 +49,7 @@ def test_a_stale_draft_stops_speculation_and_the_run_goes_on(
     for line in lines:
         assert ("accept_length" in line) == (line["step"] <= step)
         assert line.get("speculation_stopped", 0) == (line["step"] > step)
+        assert ("draft_loss" in line) == ("predicted_accept_length" in line) == (line["step"] <= step)
         assert line["policy_version"] == line["step"] and line["logp_diff_max"] < 1e-4
     assert "Speculation was stopped" in write_report(folder).read_text()
 
@@ -61,7 +62,8 @@ def test_a_stale_draft_stops_speculation_and_the_run_goes_on(
     again = replace(first, num_rollout=step + 3, resume=True, speculation=SpeculationConfig(sentinel=False))
     again = replace(again, name="mended")
     helpers.run(replace(first, name="mended"))
-    assert helpers.metrics(helpers.run(again))[-1]["verify_steps"] > 0
+    last = helpers.metrics(helpers.run(again))[-1]
+    assert last["verify_steps"] > 0 and "draft_loss" in last
 
 
 def test_a_sound_run_is_left_alone(config: Config) -> None:

@@ -70,7 +70,7 @@ def with_draft_time(ledger: Ledger, seconds: float, decision: Decision, at_hand:
     budgets = min(decision.share, at_hand)
     if decision.share >= 1.0 and budgets > 0:
         return replace(ledger, trained=(*ledger.trained, (seconds, budgets))[-KEPT:])
-    if decision.share == 0.0 and decision.reason is not Reason.NO_SAMPLES:
+    if decision.share == 0.0 and decision.reason not in (Reason.NO_SAMPLES, Reason.STOPPED):
         return replace(ledger, scored_s=(*ledger.scored_s, seconds)[-KEPT:])
     return ledger
 

@@ -48,18 +48,19 @@ class DraftPacer:
         metrics = self._note_saving(rollout, cost, basis)
         self._entropy = entropy
         self._at_hand = draft_ledger.budgets_at_hand(rollout.speculative.samples, self._config.draft)
+        idle = None
+        if entropy is None:
+            idle = Decision(0.0, Reason.NO_SAMPLES)
+        elif not engine.transport.plan.has_draft:
+            idle = Decision(0.0, Reason.STOPPED)
         when = self._config.draft.when
         if when in FIXED:
-            return (Decision(0.0, Reason.NO_SAMPLES) if entropy is None else FIXED[when]), metrics
+            return idle or FIXED[when], metrics
         seen = None if entropy is None else self._see(rollout, entropy)
         judgement = draft_schedule.judge(self._state, seen)
-        decision = self._given.get(step)
+        decision = self._given.get(step) or idle
         if decision is None:
-            decision = Decision(0.0, Reason.NO_SAMPLES)
-            if not engine.transport.plan.has_draft:
-                decision = Decision(0.0, Reason.STOPPED)
-            elif entropy is not None:
-                decision = draft_schedule.decide(self._state, judgement, self._money(step, rollout, judgement, cost))
+            decision = draft_schedule.decide(self._state, judgement, self._money(step, rollout, judgement, cost))
         append_decision(self._record, step, decision)
         self._state = draft_schedule.advance(self._state, judgement, decision)
         return decision, metrics | _judged(judgement) | {"draft_decision": decision.reason.value}

@@ -81,7 +81,7 @@ def update_policy(run: Run, rollout: Rollout) -> tuple[list[Sample], dict[str, A
     if not samples:
         return [], {"policy_skipped": 1}, []
     with run.clock("policy"):
-        update = run.policy.update(samples, run.capture)
+        update = run.policy.update(samples, None if run.watch.stopped else run.capture)
     captured = update.draft_samples
     if run.config.draft.token_weighting == "tail":
         captured = weighed(captured, rollout.samples, run.config.rollout.max_running_requests)
@@ -110,13 +110,14 @@ def update_draft(
 ) -> dict[str, Any]:
     """The draft's optimizer steps on what the policy's forward captured; metrics are the same on every rank.
 
+    While the engine decodes plainly there are none: a draft that nobody runs learns again once a resumed run does.
     Raises DraftUpdateError on every rank when one refuses its step.
     """
     if run.capture is None:
         return {}
     draft_metrics: dict[str, Any] = {}
     with run.clock("draft"):
-        if samples:
+        if samples and not run.watch.stopped:
             plan = plan_updates(samples, run.config.draft, run.config.seed, step, decision.share or 1.0)
             also = run.watch.choose(samples, plan, step)
             if run.learner is not None and run.watch.is_watching:
