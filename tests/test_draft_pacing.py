@@ -217,6 +217,20 @@ def test_a_run_replayed_from_its_record_is_the_same_though_it_would_decide_other
     assert helpers.metrics(other)[1] != helpers.metrics(first)[1], "without the record it decides otherwise"
 
 
+def test_a_replayed_run_goes_on_beyond_its_record_by_deciding_itself(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decided_by([1.0, 0.0], monkeypatch)
+    record = helpers.run(config("recorded", num_rollout=2)) / "draft_schedule.jsonl"
+    settings = config("replayed", num_rollout=2, draft__schedule=str(record))
+    helpers.run(settings)
+    with pytest.raises(ConfigError, match=r"has no step 2.*--resume without draft\.schedule") as caught:
+        helpers.run(replace(settings, num_rollout=3, resume=True))
+    assert "\n" not in str(caught.value)
+    decided_by([0.5], monkeypatch)
+    assert decisions(helpers.run(config("replayed", num_rollout=3, resume=True))) == [1.0, 0.0, 0.5]
+
+
 def test_a_run_killed_after_its_checkpoint_decides_again_as_it_had_decided(
     config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -299,6 +313,15 @@ def test_a_deterministic_run_that_decides_by_the_clock_says_so(model: Path) -> N
     settings = helpers.tiny_config(model, model, "x", draft__train_when="pays")
     assert any("draft_schedule.jsonl" in warning for warning in validate(settings))
     assert not any("draft_schedule" in w for w in validate(replace(settings, deterministic=False)))
+
+
+@pytest.mark.parametrize("algorithm", ["NONE", "NGRAM"])
+def test_without_a_draft_that_learns_pays_says_that_it_has_no_effect(model: Path, algorithm: str) -> None:
+    settings = helpers.tiny_config(
+        model, model, "x", draft__train_when="pays", rollout__speculative_algorithm=algorithm
+    )
+    (warning,) = (w for w in validate(settings) if "'pays'" in w)
+    assert "has no effect" in warning and algorithm in warning
 
 
 def test_a_schedule_too_short_is_refused_before_anything_is_made(config: Config, tmp_path: Path) -> None:

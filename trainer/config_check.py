@@ -343,7 +343,12 @@ def _training_warnings(config: RunConfig) -> list[str]:
         )
     if rollout.speculative_algorithm == "EAGLE3" and config.draft.when != "never":
         warnings += unroll_warning(config.draft, rollout)
-    if config.deterministic and config.draft.when == "pays" and not config.draft.schedule:
+    if config.draft.when == "pays" and rollout.speculative_algorithm != "EAGLE3":
+        warnings.append(
+            f"draft.train_when = 'pays' has no effect: rollout.speculative_algorithm = "
+            f"{rollout.speculative_algorithm!r} has no draft that learns"
+        )
+    elif config.deterministic and config.draft.when == "pays" and not config.draft.schedule:
         warnings.append(
             "deterministic = true with draft.train_when = 'pays': timings decide when the draft learns; the run's "
             "draft_schedule.jsonl records it, and draft.schedule = FILE takes the same decisions again"

@@ -21,6 +21,7 @@ _FREE = frozenset(
         "plain_probe_interval",
         "data.num_eval_prompts",
         "data.eval_prompt_data",
+        "draft.schedule",  # beyond the end of a record the run decides for itself
         "speculation.sentinel",  # off: an engine that it stopped speculates again
         "speculation.sentinel_alpha",
         "speculation.sentinel_min_effect",

@@ -29,7 +29,7 @@ def read_schedule(path: Path, num_steps: int) -> Schedule:
     if missing is not None:
         raise ConfigError(
             f"draft.schedule = {str(path)!r} has no step {missing}, but num_rollout = {num_steps}: give the record of "
-            "a run of as many steps, or lower num_rollout"
+            "a run of as many steps, or lower num_rollout; --resume without draft.schedule then goes on beyond it"
         )
     return schedule
 
