@@ -15,7 +15,9 @@ from time import monotonic, sleep
 
 from rollout_engine.types import EngineError
 
-_LOWEST_PORT = 20000
+_LOWEST_PORT = 10000
+_EPHEMERAL_PORTS = Path("/proc/sys/net/ipv4/ip_local_port_range")
+_LEAST_END = 24576
 _SUPERVISOR = Path(__file__).with_name("supervise.py")
 _POLL_S = 0.25
 _STOP_TIMEOUT_S = 20.0
@@ -88,13 +90,27 @@ def log_tail(log: Path, num_lines: int = 15) -> str:
     return "\n".join(lines[-num_lines:])
 
 
-def free_port(host: str = "127.0.0.1", highest: int = 65535) -> int:
-    """A TCP port up to `highest` that nobody listens on now. Raises EngineError when a hundred tries find none."""
+def free_port(host: str = "127.0.0.1", neighbour: int = 0) -> int:
+    """A TCP port that nobody listens on now, as is the one `neighbour` above it.
+
+    Below the ports that the system hands to connections of its own accord: a server binds seconds after this answer,
+    and by then one of those may be some connection's. Raises EngineError when a hundred tries find none.
+    """
+    highest = _first_ephemeral_port() - 1 - neighbour
     for _ in range(100):
         port = random.SystemRandom().randint(_LOWEST_PORT, highest)  # no seed of a run decides, so two runs differ
-        if not port_is_taken(port, host):
+        if not port_is_taken(port, host) and not port_is_taken(port + neighbour, host):
             return port
     raise EngineError(f"no free TCP port found between {_LOWEST_PORT} and {highest}")
+
+
+def _first_ephemeral_port() -> int:
+    """The lowest of them on Linux; where the system leaves hardly a port below, some of its own are taken too."""
+    try:
+        first = int(_EPHEMERAL_PORTS.read_text().split()[0])
+    except FileNotFoundError:  # not Linux
+        return _LEAST_END
+    return max(first, _LEAST_END)
 
 
 def port_is_taken(port: int, host: str = "127.0.0.1") -> bool:

@@ -24,13 +24,12 @@ def server_settings(
     *,
     device: str,
     context_length: int,
-    port: int,
     mem_fraction_static: float | None,
     has_flashinfer: bool,
     has_tokenizer: bool,
     extra: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """All flags by field name; `extra` is [rollout.sglang] under the same names and wins.
+    """All flags but the port, by field name; `extra` is [rollout.sglang] under the same names and wins.
 
     `device` is "cpu", "cuda" or "cuda:N". Raises EngineConfigError for settings that contradict each other.
     """
@@ -38,7 +37,6 @@ def server_settings(
     settings: dict[str, Any] = {
         "model_path": str(policy),
         "host": "127.0.0.1",
-        "port": port,
         "device": device.partition(":")[0],
         "dtype": config.dtype,
         "context_length": context_length + _SPARE_POSITIONS,
@@ -119,7 +117,7 @@ def _speculation(config: RolloutConfig, draft: Path | None, on_gpu: bool) -> dic
         return {}
     settings: dict[str, Any] = {"speculative_algorithm": algorithm, "speculative_num_draft_tokens": depth + 1}
     if algorithm == "NGRAM":
-        # One chain, as EAGLE3's: a match of up to ngram_max_match tokens and the tokens that follow it.
+        # One follower for each match length, of up to ngram_max_match tokens: a chain, or a few with one root.
         return settings | {
             "speculative_ngram_min_bfs_breadth": 1,
             "speculative_ngram_max_bfs_breadth": 1,

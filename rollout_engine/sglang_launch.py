@@ -19,15 +19,16 @@ from rollout_engine.server_process import ServerProcess, free_port, port_is_take
 from rollout_engine.sglang_attach import attach_faults
 from rollout_engine.sglang_flags import command_line, server_settings
 from rollout_engine.sglang_install import update_protocol
-from rollout_engine.sglang_preflight import check_files, check_start, has_tokenizer, read_json
-from rollout_engine.sglang_wire import known_cause, last_words
+from rollout_engine.sglang_preflight import Ready, check_files, check_start, has_tokenizer, read_json
+from rollout_engine.sglang_wire import known_cause, last_words, port_was_taken
 from rollout_engine.types import EngineConfigError, EngineError
 
 _log = logging.getLogger(__name__)
 _PROJECT = Path(__file__).resolve().parent.parent
 _TRAINER_SHARE = 0.5  # of the free GPU memory, at most, for an engine that shares the GPU with training
 _ALONE_SHARE = 0.85  # where no training runs beside it
-_HIGHEST_PORT = 55000  # SGLang 0.5.15 takes the port 10,000 above for gRPC and refuses to start without one
+_GRPC_ABOVE = 10000  # SGLang 0.5.15 takes the port so far above for gRPC and refuses to start without one
+_PORT_TRIES = 3
 _HEALTH_TIMEOUT_S = 30.0
 _LOG_LINES = 2000  # among which the cause of an end is looked for: libraries say much as they go
 _ITEMSIZE = {"float32": 4, "bfloat16": 2}
@@ -55,35 +56,55 @@ def start(
     when it does not become healthy in time. Nothing is left running then.
     """
     ready = check_start(config)
-    installation, device, extra = ready.installation, ready.device, ready.flags
     check_files(config, policy, draft)
-    port = extra.get("port") or free_port(highest=_HIGHEST_PORT)
-    if port_is_taken(port):
-        raise EngineConfigError(f"rollout.sglang.port = {port} is taken: name another, or leave it out")
+    given_port = ready.flags.get("port")
+    if given_port and port_is_taken(given_port):
+        raise EngineConfigError(f"rollout.sglang.port = {given_port} is taken: name another, or leave it out")
+    share = _memory_share(config, policy, draft, ready.device, context_length, ready.flags, leaves_room)
     settings = server_settings(
         config,
         policy.resolve(),
         None if draft is None else draft.resolve(),
-        device=device,
+        device=ready.device,
         context_length=context_length,
-        port=port,
-        mem_fraction_static=_memory_share(config, policy, draft, device, context_length, extra, leaves_room),
-        has_flashinfer=installation.has_flashinfer,
+        mem_fraction_static=share,
+        has_flashinfer=ready.installation.has_flashinfer,
         has_tokenizer=has_tokenizer(policy),
-        extra=extra,
+        extra=ready.flags,
     )
-    command = [installation.python, "-m", "sglang.launch_server", *command_line(settings, ready.spellings)]
+    if given_port:
+        return _start_at(given_port, settings, ready, config.sglang_start_timeout_s, work_dir)
+    for _ in range(_PORT_TRIES - 1):
+        try:
+            return _start_at(_port(), settings, ready, config.sglang_start_timeout_s, work_dir)
+        except _PortTaken as error:
+            _log.warning("the SGLang server is started again at another port: %s", error)
+    return _start_at(_port(), settings, ready, config.sglang_start_timeout_s, work_dir)
+
+
+class _PortTaken(EngineConfigError):
+    """Another process took it between our look and the server's."""
+
+
+def _port() -> int:
+    return free_port(neighbour=_GRPC_ABOVE)
+
+
+def _start_at(port: int, settings: Mapping[str, Any], ready: Ready, timeout_s: float, work_dir: Path) -> Server:
+    """One try; raises as `start` does."""
+    command_flags = command_line({**settings, "port": port}, ready.spellings)
+    command = [ready.installation.python, "-m", "sglang.launch_server", *command_flags]
     log = work_dir / "engine.log"
     log.unlink(missing_ok=True)
-    process = ServerProcess(command, log, _environment(device, work_dir), work_dir)
+    process = ServerProcess(command, log, _environment(ready.device, work_dir), work_dir)
     client = HttpClient(f"http://127.0.0.1:{port}")
     try:
-        _wait_until_healthy(process, client, config.sglang_start_timeout_s, log)
+        _wait_until_healthy(process, client, timeout_s, log)
     except BaseException:
         client.close()
         process.close()
         raise
-    return Server(client, installation.version, process)
+    return Server(client, ready.installation.version, process)
 
 
 def attach(config: RolloutConfig, policy: Path, context_length: int) -> Server:
@@ -169,6 +190,8 @@ def _wait_until_healthy(process: ServerProcess, client: HttpClient, timeout_s: f
         text = process.log_tail(_LOG_LINES)
         cause = known_cause(text)
         what = f"the SGLang server did not start: {cause or last_words(text) or error}; {end_of_log(process, log)}"
+        if port_was_taken(text):
+            raise _PortTaken(what) from None
         raise (EngineConfigError if cause else EngineError)(what) from None
     if not healthy:
         raise EngineError(

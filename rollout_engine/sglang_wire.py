@@ -161,6 +161,7 @@ def error_text(status: int, text: str) -> str:
     return f"HTTP {status}: {' '.join((found.group(1) if found else text).split())}"
 
 
+_PORT_TAKEN = r"(?P<what>[Aa]ddress already in use|ValueError: Port is already in use)"
 _CAUSES = (
     (r"unrecognized arguments?: (?P<what>.+)", "it does not know the flag {what}"),
     (r"error: argument (?P<what>.+)", "it refuses the flag {what}"),
@@ -169,7 +170,7 @@ _CAUSES = (
         "accelerator memory ran out ({what}): lower rollout.max_running_requests or rollout.context_length, or choose "
         "rollout.sglang.mem_fraction_static",
     ),
-    (r"(?P<what>[Aa]ddress already in use|ValueError: Port is already in use)", "its port is taken ({what})"),
+    (_PORT_TAKEN, "its port is taken ({what})"),
     (
         r"(?m)^ModuleNotFoundError: No module named '(?P<what>[\w.]+)'",
         "its environment lacks the module {what}: pip install '.[sglang]', or name another rollout.sglang_python",
@@ -195,6 +196,11 @@ def known_cause(log: str) -> str:
         if found := re.search(pattern, log):
             return text.format(what=found.group("what").strip())
     return ""
+
+
+def port_was_taken(log: str) -> bool:
+    """Whether a server ended because somebody has its port."""
+    return re.search(_PORT_TAKEN, log) is not None
 
 
 def last_words(log: str) -> str:

@@ -24,7 +24,6 @@ def settings(config: RolloutConfig, device: str = "cuda", **overrides: Any) -> d
     given: dict[str, Any] = {
         "device": device,
         "context_length": 1000,
-        "port": 30000,
         "mem_fraction_static": 0.4,
         "has_flashinfer": True,
         "has_tokenizer": True,
@@ -153,7 +152,7 @@ def test_an_address_that_nothing_can_listen_at_is_refused(address: str) -> None:
 
 
 def test_a_draft_is_given_exactly_for_eagle3() -> None:
-    given: dict[str, Any] = {"device": "cuda", "context_length": 9, "port": 1, "mem_fraction_static": None}
+    given: dict[str, Any] = {"device": "cuda", "context_length": 9, "mem_fraction_static": None}
     given |= {"has_flashinfer": True, "has_tokenizer": True, "extra": {}}
     with pytest.raises(EngineConfigError, match="needs a draft folder"):
         server_settings(EAGLE3, POLICY, None, **given)

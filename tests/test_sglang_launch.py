@@ -1,0 +1,112 @@
+"""A server is started at a port that nobody has, and again at another one when somebody took it meanwhile."""
+
+from __future__ import annotations
+
+import json
+import socket
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from rollout_engine import server_process, sglang_launch
+from rollout_engine.config import RolloutConfig
+from rollout_engine.server_process import free_port, port_is_taken
+from rollout_engine.types import EngineConfigError
+
+PLAIN = RolloutConfig(engine="sglang", speculative_algorithm="NONE", device="cpu", max_running_requests=2)
+
+# The first `takes` starts find their port taken, as a server does whose port became a connection's after our look.
+LAUNCH_SERVER = """
+import os, sys
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+class Healthy(BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+
+port = sys.argv[sys.argv.index("--port") + 1]
+starts = Path(os.environ["STARTS"])
+with starts.open("a") as file:
+    file.write(port + " ")
+if len(starts.read_text().split()) <= int(os.environ["TAKES"]):
+    sys.exit("ERROR: [Errno 98] error while attempting to bind on address: address already in use")
+HTTPServer(("127.0.0.1", int(port)), Healthy).serve_forever()
+"""
+
+
+@pytest.fixture
+def policy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A policy's folder, and an SGLang that is a script."""
+    package = tmp_path / "packages" / "sglang"
+    (package / "srt").mkdir(parents=True)
+    (package / "__init__.py").touch()
+    (package / "_version.py").write_text("__version__ = version = '0.5.20'\n")
+    (package / "srt" / "server_args.py").write_text('class ServerArgs:\n    port: A[int, "of HTTP"] = 30000\n')
+    (package / "launch_server.py").write_text(LAUNCH_SERVER)
+    monkeypatch.setenv("PYTHONPATH", str(package.parent))
+    monkeypatch.setenv("STARTS", str(tmp_path / "starts"))
+    folder = tmp_path / "policy"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"vocab_size": 50, "max_position_embeddings": 40}))
+    save_file({"weight": torch.zeros(64)}, folder / "model.safetensors")
+    return folder
+
+
+def ports_tried(policy: Path) -> list[str]:
+    return (policy.parent / "starts").read_text().split()
+
+
+def start(config: RolloutConfig, policy: Path) -> sglang_launch.Server:
+    return sglang_launch.start(config, policy, None, 32, policy.parent, leaves_room=False)
+
+
+def test_a_port_that_was_taken_meanwhile_is_not_the_end(policy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TAKES", "2")
+    server = start(PLAIN, policy)
+    try:
+        tried = ports_tried(policy)
+        assert len(set(tried)) == 3 and port_is_taken(int(tried[-1]))
+        assert server.client.call("GET", "/health", timeout_s=10).ok
+    finally:
+        server.client.close()
+        assert server.process is not None
+        server.process.close()
+
+
+def test_a_port_that_is_always_taken_is_said(policy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TAKES", "99")
+    with pytest.raises(EngineConfigError, match="its port is taken"):
+        start(PLAIN, policy)
+    assert len(ports_tried(policy)) == 3
+
+
+def test_a_port_that_the_user_gave_is_tried_once(policy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TAKES", "99")
+    port = free_port()
+    with pytest.raises(EngineConfigError, match="its port is taken"):
+        start(replace(PLAIN, sglang={"port": port}), policy)
+    assert ports_tried(policy) == [str(port)]
+
+
+@pytest.mark.skipif(not server_process._EPHEMERAL_PORTS.exists(), reason="needs Linux")
+def test_no_connection_gets_the_port_that_a_server_is_about_to_bind() -> None:
+    first, last = map(int, server_process._EPHEMERAL_PORTS.read_text().split())
+    if first < 24576:
+        pytest.skip(f"this system hands out ports from {first} on")
+    for _ in range(50):
+        assert not {free_port(), free_port(neighbour=10000) + 10000} & set(range(first, last + 1))
+
+
+def test_a_port_is_not_free_when_its_neighbour_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        above = listener.getsockname()[1]
+        ports = iter([above - 10000, above - 10001])
+        monkeypatch.setattr(server_process.random.SystemRandom, "randint", lambda *_: next(ports))
+        if port_is_taken(above - 10001) or port_is_taken(above - 1):
+            pytest.skip("the next port is taken too")
+        assert free_port(neighbour=10000) == above - 10001
