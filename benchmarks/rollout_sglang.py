@@ -29,6 +29,7 @@ from benchmarks.rollout_anchor import DirectEngine, DirectHttp, setting_differen
 from benchmarks.rollout_runs import ArmRun, arm_row, joined
 from draft_models.randomness import request_seed
 from rollout_engine.config import RolloutConfig
+from rollout_engine.sglang_checks import lossy_settings
 from rollout_engine.sglang_engine import SGLangEngine
 from rollout_engine.types import RolloutEngine, RolloutRequest, SamplingParams, SpecStats
 from trainer.config_load import load_config, parse_flags
@@ -143,6 +144,7 @@ def engine_config(args: argparse.Namespace, spec: str, prompts: PromptSet) -> Ro
         speculative_num_steps=args.k,
         verify_rule=args.rule,
         controller="fixed",
+        allow_lossy=args.engine_settings.allow_lossy or spec == "ngram",  # its rows say so
         sglang=flags,
     )
 
@@ -229,6 +231,8 @@ def show(out: Console, rows: Sequence[dict[str, Any]], args: argparse.Namespace)
     out.print(f"{args.seeds} seeds, real EOS, at most {args.max_new_tokens} new tokens, log-probs on in every arm")
     for different in {str(row["setting_differences"]) for row in rows if row.get("setting_differences")}:
         out.print(f"NOT SET ALIKE, [server, offline engine]: {different}", markup=False)
+    for reason in {reason for row in rows for reason in row.get("lossy", ())}:
+        out.print(f"NOT EXACT: {reason}", markup=False)
 
 
 def start_arms(args: argparse.Namespace, prompts: PromptSet, work_dir: Path, stack: ExitStack) -> list[Arm]:
@@ -249,7 +253,7 @@ def start_arms(args: argparse.Namespace, prompts: PromptSet, work_dir: Path, sta
         )
         stack.callback(engine.close)
         http = DirectHttp(engine.address, prompts.eos_token_ids)
-        about = about_server(http.settings())
+        about = about_server(http.settings()) | {"lossy": lossy_settings(config)}
         arms.append(Arm(spec, OURS, partial(run_wave, engine), http.flush, about))
         if spec not in args.direct_spec:
             continue
@@ -271,7 +275,7 @@ def start_direct(spec: str, config: RolloutConfig, http: DirectHttp, folder: Pat
         environment["SGLANG_USE_CPU_ENGINE"] = "1"
     direct = DirectEngine(python, given, http.eos_token_ids, folder / "direct.log", environment)
     stack.callback(direct.close)
-    about = about_server(direct.settings())
+    about = about_server(direct.settings()) | {"lossy": lossy_settings(config)}
     about |= {"setting_differences": setting_differences(settings, direct.settings())}
     return Arm(spec, "engine", direct.run, direct.flush, about)
 

@@ -79,7 +79,8 @@ def check_history(speculation: SpeculationConfig, config: RolloutConfig) -> None
     if config.engine != "torch":
         raise EngineConfigError(
             "speculation.history = true with rollout.engine = 'sglang': SGLang runs one speculative algorithm, so its "
-            "n-gram trie cannot stand beside EAGLE-3; leave it out, or use rollout.engine = 'torch'"
+            "n-gram trie cannot stand beside EAGLE-3, and alone it changes what is sampled; leave it out, or use "
+            "rollout.engine = 'torch'"
         )
     if config.speculative_algorithm != "EAGLE3":
         raise EngineConfigError(

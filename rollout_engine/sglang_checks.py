@@ -1,7 +1,9 @@
 """What an SGLang server cannot do for a run, found from the settings alone. Pure; the trainer and the engine both ask.
 
 Facts about SGLang that the rules rest on: while verifying it ignores seeds and min_p; acceptance thresholds below 1
-keep tokens that the policy would have rejected; its rejection rule needs a draft over the whole vocabulary.
+keep tokens that the policy would have rejected; its rejection rule needs a draft over the whole vocabulary; an n-gram
+draft of too few tokens is filled up with token 0, side by side, and each of these is accepted with token 0's whole
+probability.
 """
 
 from __future__ import annotations
@@ -138,6 +140,11 @@ def lossy_settings(config: RolloutConfig) -> list[str]:
         return found
     if config.min_p > 0:
         found.append(f"rollout.min_p = {config.min_p} with speculation: SGLang applies it to the first token only")
+    if config.speculative_algorithm == "NGRAM" and config.speculative_num_steps > 1 and config.temperature > 0:
+        found.append(
+            f"rollout.speculative_algorithm = 'NGRAM' at temperature {config.temperature}: SGLang fills up short "
+            "drafts with token 0 and says it too often (exact: temperature 0, or speculative_num_steps = 1)"
+        )
     for name in THRESHOLDS:
         threshold = config.sglang.get(name, 1.0)
         if below_one(threshold):

@@ -1,9 +1,11 @@
 """Recipes and overrides become one frozen config, or one line that says what is wrong and where."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from rollout_engine.sglang_checks import lossy_settings
 from trainer.config import ConfigError, RunConfig
 from trainer.config_check import validate
 from trainer.config_load import Override, load_config, parse_flags
@@ -198,6 +200,10 @@ SGLANG = ("--engine=sglang", "--rollout.controller=fixed")
             ["--sglang-preferred-sampling-params={repetition_penalty = 1.1}"],
             "of which training knows nothing.*allow-lossy",
         ),
+        (
+            ["--speculative-algorithm=NGRAM", "--rollout.verify-rule=target_only"],
+            "fills up short drafts with token 0.*--allow-lossy",
+        ),
         (["--update-weight-transport=nccl"], "use one of auto, ipc, disk, broadcast"),
         (["--update-weight-transport=disk"], "give --update-weight-disk-dir DIR"),
         (["--rollout-external-engine-addrs=h:30000"], "needs a folder that trainer and engine both see"),
@@ -254,6 +260,14 @@ def test_sglang_warns_once_of_each_thing():
     assert "sentinel watches nothing" in unwatched and "speculative_adaptive" in unwatched
     lossy, *_ = validate(from_flags(*GOOD, *SGLANG, "--rollout.min-p=0.1", "--allow-lossy"))
     assert "min_p = 0.1" in lossy and "do not follow the policy's law" in lossy
+
+
+@pytest.mark.parametrize("exact", ["--speculative-num-steps=1", "--rollout-temperature=0"])
+def test_an_ngram_in_sglang_is_let_through_where_its_filling_changes_nothing(exact):
+    arguments = [*SGLANG, "--speculative-algorithm=NGRAM", "--rollout.verify-rule=target_only", exact]
+    config = from_flags(*GOOD, *arguments)
+    assert lossy_settings(config.rollout) == []
+    assert len(lossy_settings(replace(config.rollout, temperature=1.0, speculative_num_steps=2))) == 1
 
 
 def test_without_speculation_sglang_takes_min_p():

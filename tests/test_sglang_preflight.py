@@ -20,6 +20,7 @@ from trainer.make_model import MakeModelConfig, make_model
 from trainer.serving import check_engine
 
 PLAIN = RolloutConfig(engine="sglang", speculative_algorithm="NONE", device="cpu")
+NGRAM = replace(PLAIN, speculative_algorithm="NGRAM", speculative_num_steps=1)
 FIELDS = """
 class ServerArgs:
     port: A[int, "of HTTP"] = 30000
@@ -72,7 +73,7 @@ def with_flags(flags: dict[str, Any]) -> RolloutConfig:
         (replace(PLAIN, device="cuda"), "rollout.device = 'cuda': this machine has 0 GPUs"),
         (replace(PLAIN, offload=True), "rollout.offload = true gives GPU memory back: leave it out on a CPU"),
         (replace(PLAIN, speculative_algorithm="EAGLE3"), r"temperature = 1\.0 .*'EAGLE3' on a CPU.*verifies greedily"),
-        (replace(PLAIN, speculative_algorithm="NGRAM", device="auto"), r"temperature = 1\.0 .*'NGRAM' on a CPU"),
+        (replace(NGRAM, device="auto"), r"temperature = 1\.0 .*'NGRAM' on a CPU"),
     ],
 )
 def test_what_no_server_could_do_is_refused(config: RolloutConfig, message: str) -> None:
