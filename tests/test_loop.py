@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from rollout_engine.torch_engine import TorchEngine
 from rollout_engine.types import EngineError
@@ -160,6 +163,29 @@ def test_an_offloaded_engine_gives_its_memory_back_for_the_updates_and_serves_th
     folder = helpers.run(config("offloaded", rollout__offload=True))
     assert events == ["sync", *["roll out", "offload", "policy", "draft", "onload", "sync"] * 3]
     helpers.assert_same_run(unbroken, folder)
+
+
+def test_what_was_captured_is_gone_when_the_engine_takes_its_memory_again(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else it would lie beside the engine's KV, and beside what the next step captures."""
+    captured: list[weakref.ref[torch.Tensor]] = []
+    alive: list[int] = []
+    update, onload = MegatronPolicy.update, TorchEngine.onload
+
+    def updated(*args: Any) -> Any:
+        found = update(*args)
+        captured.extend(weakref.ref(sample.target_hidden) for sample in found.draft_samples)
+        return found
+
+    def onloaded(engine: TorchEngine) -> None:
+        alive.append(sum(ref() is not None for ref in captured))
+        onload(engine)
+
+    monkeypatch.setattr(MegatronPolicy, "update", updated)
+    monkeypatch.setattr(TorchEngine, "onload", onloaded)
+    helpers.run(config("released", num_rollout=2, rollout__offload=True))
+    assert len(captured) == 24 and alive == [0, 0]
 
 
 def test_without_offload_the_engine_keeps_its_memory(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -43,6 +43,7 @@ def train(run: Run) -> None:
             samples, policy_metrics, captured = update_policy(run, rollout)
             decision, pacing = decide_draft(run, step, rollout, policy_metrics)
             draft_metrics = update_draft(run, step, samples, captured, decision)
+            del captured  # gigabytes that would outlive the next rollout, and lie beside the next step's
         watched = watch_engine(run, step)
         report = sync_weights(run, step + 1)
         spending = settle_draft(run, decision, report, draft_metrics)
