@@ -12,6 +12,7 @@ State lies under --work: call the command again and it goes on behind the last f
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -126,9 +127,9 @@ def experiment(args: argparse.Namespace, plan: Plan) -> None:
     began_s = time.monotonic()
     place = Place(args.work.resolve())
     place.work.mkdir(parents=True, exist_ok=True)
-    check_same_plan(place, plan)
     jobs = interleaved_jobs(args.arms, args.seeds)
     origin = provenance(MODULE) | {"plan": asdict(plan), "versions": versions()}
+    check_same_setting(place, plan, origin)
     with serving(plan, place) as servers:
         start = prepare(plan, place, jobs, servers)
         if not (args.any_start or args.rehearse):
@@ -147,12 +148,16 @@ def experiment(args: argparse.Namespace, plan: Plan) -> None:
         print(f"no time for {' '.join(left_out)}: run the same command again with the same --work")
 
 
-def check_same_plan(place: Place, plan: Plan) -> None:
-    """ConfigError when --work holds runs of other sizes, which must not be compared with new ones."""
-    told = place.work / "plan.txt"
-    if told.exists() and told.read_text() != repr(plan):
-        raise ConfigError(f"{place.work} holds runs with other settings: give another --work, or remove it")
-    told.write_text(repr(plan))
+def check_same_setting(place: Place, plan: Plan, origin: Mapping[str, Any]) -> None:
+    """ConfigError when --work holds runs of other sizes, code or hardware, which must not be compared with new ones."""
+    hardware = {key: origin["hardware"][key] for key in ("cpu", "gpu", "torch")}
+    mine = {"settings": asdict(plan), "commit": origin["commit"], "hardware": hardware, "versions": origin["versions"]}
+    mine = json.loads(json.dumps(mine))  # as it is read back
+    told = place.work / "setting.json"
+    found = json.loads(told.read_text()) if told.exists() else mine
+    if other := [key for key in mine if found[key] != mine[key]]:
+        raise ConfigError(f"{place.work} holds runs of other {', '.join(other)}: give another --work, or remove it")
+    told.write_text(json.dumps(mine))
 
 
 def versions() -> dict[str, str]:

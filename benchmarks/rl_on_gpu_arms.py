@@ -18,12 +18,16 @@ import torch
 from benchmarks.common import seconds
 from benchmarks.rl_on_gpu_analysis import Response, RunRecord, StepRecord
 from draft_models.config import DraftConfig
+from draft_models.eagle3 import Eagle3Config
 from draft_models.types import DraftSample
+from rollout_engine.capture import capture_samples
 from rollout_engine.config import RolloutConfig
+from rollout_engine.decoder import Decoder
 from rollout_engine.types import RolloutRequest, Sample
 from sync.atomic import whole_folder, write_file
 from trainer import loop
 from trainer.config import AlgorithmConfig, DataConfig, PolicyConfig, RunConfig
+from trainer.hf_files import read_config
 from trainer.make_model import MakeModelConfig
 from trainer.metrics import METRICS_FILE, MetricsWriter, read_metrics
 from trainer.progress import Progress
@@ -31,6 +35,7 @@ from trainer.run import build_run
 from trainer.tasks import get_task
 
 MAX_PROB_TOKENS = 8192  # of a step, on which E[max p] is computed
+MAX_PROB_SAMPLES = 64  # of a run's last step, among which they are
 START_TIMEOUT_S = 300.0  # of a server
 OFFLINE_SEED = 1_000_003  # no arm's: the offline draft must not have seen an arm's prompts in an arm's order
 RECORDS_FILE, ABOUT_FILE = "responses.jsonl", "about.json"
@@ -94,7 +99,7 @@ class Plan:
     lr: float = 5e-5
     max_tokens_per_gpu: int = 16_384
     draft_lr: float = 1e-3
-    draft_updates: int = 16  # as many as the offline draft gets from a rollout
+    draft_updates: int = 12  # 16 took 10.8 % of a step, 8 were too few to catch up within ten
     draft_tokens: int = 8192  # of one update
     offline_steps: int = 8  # rollouts of the start policy that the offline draft learns from
     offline_updates: int = 16  # on each of them
@@ -278,6 +283,7 @@ class WatchedPolicy:
     def __init__(self, policy: Any, engine: WatchedEngine, path: Path, *, keep_tokens: bool) -> None:
         self._policy, self._engine, self._path, self._keep_tokens = policy, engine, path, keep_tokens
         self._latest: tuple[Sequence[Sample], Sequence[DraftSample], dict[tuple[int, int], float]] | None = None
+        self.noted: Sequence[Sample] = ()  # the latest rollout that has its line
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._policy, name)
@@ -292,7 +298,7 @@ class WatchedPolicy:
         if self._latest is None:
             return
         samples, captured, finish_s = self._latest
-        self._latest = None  # what was captured is large
+        self._latest, self.noted = None, samples  # what was captured is large
         line: dict[str, Any] = {
             "responses": [_response(sample, finish_s[sample.request.key]) for sample in samples],
             "sampled_prob": statistics.fmean(math.exp(logp) for s in samples for logp in s.logprobs),
@@ -335,6 +341,14 @@ def mean_max_prob(captured: Sequence[DraftSample]) -> float | None:
     return torch.cat(maxima).mean().item() if maxima else None
 
 
+def exported_max_prob(folder: Path, samples: Sequence[Sample], dtype: str) -> float | None:
+    """E[max p] of a run's final policy on its last texts: known for arms whose updates capture no logits, too."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    decoder = Decoder.from_hf(folder, getattr(torch, dtype), device)
+    layers = Eagle3Config.from_target(read_config(folder), DraftConfig()).aux_layer_ids
+    return mean_max_prob(capture_samples(decoder, samples[:MAX_PROB_SAMPLES], layers))
+
+
 def run_arm(plan: Plan, place: Place, arm: Arm, seed: int, address: str = "") -> None:
     """Run, and keep metrics, responses and the trained draft under `place.done`, whole or not at all."""
     config = run_config(plan, place, arm, seed, address)
@@ -342,9 +356,10 @@ def run_arm(plan: Plan, place: Place, arm: Arm, seed: int, address: str = "") ->
     shutil.rmtree(folder, ignore_errors=True)  # of a run that was cut off: an arm starts again
     print(f"{config.name}: {config.num_rollout} steps", flush=True)
     start_s = time.perf_counter()
-    _train(config, folder, keep_tokens=arm == OFFLINE)
+    last = _train(config, folder, keep_tokens=arm == OFFLINE)
     _give_memory_back()
     about = {
+        "max_prob_last": exported_max_prob(folder / "policy", last, plan.dtype),
         "arm": arm.name,
         "seed": seed,
         "seconds": time.perf_counter() - start_s,
@@ -362,8 +377,8 @@ def run_arm(plan: Plan, place: Place, arm: Arm, seed: int, address: str = "") ->
     shutil.rmtree(folder)
 
 
-def _train(config: RunConfig, folder: Path, *, keep_tokens: bool) -> None:
-    """What `trainer.run.train` does, with engine and policy watched."""
+def _train(config: RunConfig, folder: Path, *, keep_tokens: bool) -> Sequence[Sample]:
+    """What `trainer.run.train` does, with engine and policy watched; the last rollout."""
     run = build_run(config)
     try:
         engine = WatchedEngine(run.engine)
@@ -375,6 +390,7 @@ def _train(config: RunConfig, folder: Path, *, keep_tokens: bool) -> None:
             run.writer.close()
     finally:
         run.close()
+    return policy.noted
 
 
 def _give_memory_back() -> None:

@@ -93,6 +93,7 @@ def run_rows(runs: Sequence[RunRecord]) -> Rows:
             "makespan_s": analysis.makespan_s(record),
             "reward_by_step": [analysis.mean_reward(step)[0] for step in record.steps],
             "sampled_prob_by_step": [step.sampled_prob for step in record.steps],
+            "max_prob_last": record.about.get("max_prob_last"),
             "max_prob_by_step": [step.max_prob for step in record.steps if step.max_prob is not None],
             **{f"{key}_by_step": analysis.accept_lengths(record, key) for key in CURVES},
             "accept_rate_by_position_by_step": [
@@ -352,8 +353,8 @@ def _agreement_table(runs: Sequence[RunRecord], arms: Sequence[str]) -> str:
         ours = [record for record in runs if record.arm == name]
         sync = analysis.sync_speed(ours)
         lines = [step.metrics for record in ours for step in record.steps]
-        maxima = [step.max_prob for record in ours for step in (record.steps[0], record.steps[-1])]
-        known = [m for m in maxima if m is not None]
+        first = [record.steps[0].max_prob for record in ours if record.steps[0].max_prob is not None]
+        last = [record.about["max_prob_last"] for record in ours if record.about.get("max_prob_last") is not None]
         rows.append(
             [
                 name,
@@ -361,7 +362,7 @@ def _agreement_table(runs: Sequence[RunRecord], arms: Sequence[str]) -> str:
                 f"{_mean([line['reward'] for line in (r.steps[-1].metrics for r in ours)]):.3f}",
                 f"{_mean([r.steps[0].metrics['entropy'] for r in ours]):.3f}",
                 f"{_mean([r.steps[-1].metrics['entropy'] for r in ours]):.3f}",
-                f"{_mean(known[::2]):.3f}, {_mean(known[1::2]):.3f}" if known else "-",
+                f"{f'{_mean(first):.3f}' if first else '-'}, {f'{_mean(last):.3f}' if last else '-'}",
                 f"{_mean([line['logp_diff_mean'] for line in lines]):.2e}",
                 f"{max(line['logp_diff_max'] for line in lines):.2e}",
                 "-" if sync is None else f"{sync.median_ms:.1f} ({sync.gb_per_s:.1f} GB/s, n {sync.num_syncs})",
@@ -372,9 +373,10 @@ def _agreement_table(runs: Sequence[RunRecord], arms: Sequence[str]) -> str:
     head = ["arm", "reward first", "last", "entropy first", "last", "E[max p] first, last", "mean dlogp", "max dlogp"]
     head += ["sync ms", "sync phase ms", "plain device copy ms"]
     told = (
-        "dlogp = abs(logp_train - logp_rollout), nats. E[max p] is measured on the start policy and where a draft "
-        "captures the policy's logits, so not for `none`. Sync ms: casting, checksums, the way to the engine, its "
-        "pause, its checks of both models and its answer; the phase also exports the weights from the trainer."
+        "dlogp = abs(logp_train - logp_rollout), nats. E[max p], first: in the update, where a draft captures the "
+        "policy's logits (`none` begins with the same policy); last: of the exported policy on the last rollout's "
+        "texts. Sync ms: casting, checksums, the way to the engine, its pause, its checks of both models and its "
+        "answer; the phase also exports the weights from the trainer."
     )
     return f"## Policy and sync\n\n{told}\n\n{_table(head, rows)}"
 

@@ -332,10 +332,16 @@ def test_unknown_arms_and_other_settings_in_the_same_place_are_refused(
     with pytest.raises(SystemExit):
         rl_on_gpu.parse(["--work", "w", "--out", "o", "--arms", "onlin"])
     assert "unknown arm 'onlin'" in capsys.readouterr().err
-    rl_on_gpu.check_same_plan(Place(tmp_path), REHEARSAL)
-    rl_on_gpu.check_same_plan(Place(tmp_path), REHEARSAL)
-    with pytest.raises(ConfigError, match="holds runs with other settings"):
-        rl_on_gpu.check_same_plan(Place(tmp_path), replace(REHEARSAL, lr=1.0))
+    origin = {"commit": "a1", "hardware": {"cpu": "c", "gpu": "H200", "torch": "2"}, "versions": {"sglang": "1"}}
+    rl_on_gpu.check_same_setting(Place(tmp_path), REHEARSAL, origin)
+    rl_on_gpu.check_same_setting(Place(tmp_path), REHEARSAL, origin)
+    with pytest.raises(ConfigError, match="holds runs of other settings"):
+        rl_on_gpu.check_same_setting(Place(tmp_path), replace(REHEARSAL, lr=1.0), origin)
+    with pytest.raises(ConfigError, match="holds runs of other commit"):
+        rl_on_gpu.check_same_setting(Place(tmp_path), REHEARSAL, origin | {"commit": "b2"})
+    with pytest.raises(ConfigError, match="holds runs of other hardware"):
+        other = origin["hardware"] | {"gpu": "H100"}
+        rl_on_gpu.check_same_setting(Place(tmp_path), REHEARSAL, origin | {"hardware": other})
 
 
 def test_a_start_without_anything_to_learn_is_refused():
