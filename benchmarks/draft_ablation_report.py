@@ -22,6 +22,7 @@ from benchmarks.draft_ablation import ABOUT, read_runs, run_name
 from benchmarks.draft_ablation_arms import BASE, Arm, Plan, arms_of
 from benchmarks.draft_ablation_texts import HELD_OUT
 from benchmarks.draft_scores import RANK_EDGES, slope
+from benchmarks.plateau import most_of
 from draft_models.types import VerifyRule
 from sync.atomic import write_file
 from trainer.config import ConfigError
@@ -30,7 +31,6 @@ MODULE = "benchmarks.draft_ablation_report"
 DOCUMENT = ROOT / "docs" / "drafters.md"
 FOLDER = RESULTS / "draft_ablation"
 BEGIN, END = f"<!-- {MODULE} -->", f"<!-- end of {MODULE} -->"
-PLATEAU = 0.9
 
 Record = dict[str, Any]
 REJECTION, TARGET_ONLY, COUPLED = VerifyRule.REJECTION, VerifyRule.TARGET_ONLY, VerifyRule.COUPLED
@@ -97,7 +97,7 @@ def accept_length(record: Record, temperature: float, rule: VerifyRule, k: int) 
 def updates_to_plateau(record: Record) -> float:
     """Updates until the accepted drafts per verify reach 90 % of the run's last; between scored updates by a line."""
     points = [(0, 1.0), *((p["update"], p["accept_length"]) for p in record["curve"])]
-    goal = 1.0 + PLATEAU * (points[-1][1] - 1.0)
+    goal = most_of(points[-1][1])
     for (x0, y0), (x1, y1) in itertools.pairwise(points):
         if y1 >= goal:
             return x0 if y0 >= goal else x0 + (x1 - x0) * (goal - y0) / (y1 - y0)
@@ -225,6 +225,16 @@ def place_table(ablation: Ablation, arms: Sequence[Arm]) -> str:
     return table(["arm", *heads], rows)
 
 
+def growth_table(ablation: Ablation, arms: Sequence[Arm]) -> str:
+    """Accept length on a part of the held-out text after so many updates: whether more training would help."""
+    updates = sorted({*ablation.plan.curve_at, *(arm.updates for arm in arms)})
+    rows = []
+    for arm in arms:
+        curves = [{point["update"]: point["accept_length"] for point in r["curve"]} for r in ablation.of(arm)]
+        rows.append([label(arm), *(cell([curve[n] for curve in curves if n in curve]) for n in updates)])
+    return table(["arm", *map(str, updates)], rows)
+
+
 # ---- the section ----
 
 
@@ -256,7 +266,7 @@ def section(ablation: Ablation) -> str:
             f"Accept length at k = {ablation.depth} under rejection on text of each temperature, and its slope against "
             "the target's entropy:",
             ablation,
-            [arm for arm in arms if arm.axis in ("loss", "temperature")],
+            [arm for arm in arms if arm.axis in ("loss", "temperature", "length")],
             temperature_table,
         ),
         _table(
@@ -264,6 +274,13 @@ def section(ablation: Ablation) -> str:
             ablation,
             [arm for arm in arms if arm.name == BASE or arm.axis in ("window", "length")],
             place_table,
+        ),
+        _table(
+            f"Accept length at k = {ablation.depth} under rejection, on {plan.curve_tokens:,} tokens of the held-out text, "
+            "after so many updates:",
+            ablation,
+            [arm for arm in arms if arm.name == BASE or arm.axis == "length"],
+            growth_table,
         ),
     ]
     whys = ablation.whys(arms)

@@ -6,9 +6,11 @@ temperature 1 in arms that differ in the draft's training alone:
   rl      frozen, always and pays from that draft; always and pays from a random one
   shock   the policy's learning rate x 10 for one step, or the other half of the task's words from one step on
   curve   a fixed share of the tokens in every step: what of the acceptance is lost with fewer
+  history always, with and without history drafts beside it, on few prompts that come again and again, 8 at a time
 
 State lies under --work: the same command goes on behind the last finished arm. A line is added to the results after
-every arm. `--rehearse` runs all of it with tiny sizes, whose figures mean nothing.
+every arm. `--arms warm` makes only what all arms start from: copies of that folder let arms run in several processes,
+whose result files are then one, end to end. `--rehearse` runs all of it with tiny sizes, whose figures mean nothing.
 """
 
 from __future__ import annotations
@@ -22,10 +24,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
-from benchmarks.common import append_results, arguments, console, half_width_95, integers, provenance, run, words
+from benchmarks.common import append_results, arguments, console, integers, provenance, run, words
+from benchmarks.draft_schedule_report import OF_KIND, show_all
 from benchmarks.draft_schedule_runs import (
     ARMS,
     REHEARSAL,
@@ -41,6 +41,7 @@ from benchmarks.draft_schedule_runs import (
     run_arm,
     seconds_per_step,
 )
+from benchmarks.plateau import most_of
 from trainer.progress import phase_seconds
 
 MODULE = "benchmarks.draft_schedule"
@@ -68,14 +69,15 @@ def first_at(values: Sequence[float], level: float) -> int | None:
 
 
 def rise(values: Sequence[float]) -> dict[str, Any]:
-    """From the start to the plateau that the run itself ends on."""
-    return {"steps_to_90": first_at(values, 0.9 * plateau(values))}
+    """From the start to 90 % of the drafts that stand on the plateau that the run itself ends on."""
+    return {"steps_to_90": first_at(values, most_of(plateau(values)))}
 
 
 def recovery(values: Sequence[float], shocked: int) -> dict[str, Any]:
     """Steps until acceptance is back, counted from `shocked`, the first rollout that can show the shock; None: never.
 
-    0 = it was never below. All of the plateau is what lies above it less one standard deviation of its steps.
+    0 = it was never below. 90 % are of the drafts that stand, without the bonus token; all of the plateau is what lies
+    above it less one standard deviation of its steps.
     """
     before, after = values[:shocked], values[shocked:]
     level = plateau(before)
@@ -84,7 +86,7 @@ def recovery(values: Sequence[float], shocked: int) -> dict[str, Any]:
     return {
         "plateau": level,
         "lowest": after[low],
-        "recovered_90": back_at(after, low, 0.9 * level),
+        "recovered_90": back_at(after, low, most_of(level)),
         "recovered_100": back_at(after, low, level - spread),
     }
 
@@ -120,20 +122,52 @@ def describe(plan: Plan, arm: Arm, lines: Lines, seconds: float) -> dict[str, An
     if arm.draft == "random":
         found |= rise(values)
     if arm.shock:
-        # A step's update shows in the next rollout; other prompts show in their own.
-        shocked = plan.shock_step + (arm.shock == "lr")
-        frozen = [line["frozen_accept_length"] for line in lines if "frozen_accept_length" in line]
-        found |= recovery(values, shocked) | {"frozen_accept_length_by_step": [round(value, 4) for value in frozen]}
+        found |= shock_figures(plan, arm, lines)
+    if arm.kind == "history":
+        found |= history_figures(plan, lines)
     return found
+
+
+def shock_figures(plan: Plan, arm: Arm, lines: Lines) -> dict[str, Any]:
+    """How acceptance came back, beside that of the draft as it was at the shock.
+
+    No recovery where the shock's step had no update, every group having been dropped: the shock did not happen.
+    """
+    frozen = [line["frozen_accept_length"] for line in lines if "frozen_accept_length" in line]
+    found = {"frozen_accept_length_by_step": [round(value, 4) for value in frozen]}
+    if arm.shock == "lr" and lines[plan.shock_step].get("policy_skipped"):
+        return found | {"shock_missed": True}
+    # A step's update shows in the next rollout; other prompts show in their own.
+    return found | recovery(lengths(lines), plan.shock_step + (arm.shock == "lr"))
+
+
+def history_figures(plan: Plan, lines: Lines) -> dict[str, Any]:
+    """What history did, step by step: 0 where it had no part, as in the arm without."""
+    verifies = sum(line["verify_steps"] for line in lines)
+    of_history = sum(line.get("history_verify_steps", 0) for line in lines)
+    drafted = [line["history_accept_length"] for line in lines if line.get("history_verify_steps")]
+    return {
+        "epoch_by_step": [line["step"] * plan.prompts // plan.history_rows for line in lines],
+        "tokens_per_forward_by_step": [round(line["tokens_per_forward"], 4) for line in lines],
+        "tokens_per_s_by_step": [round(line["tokens_per_s"], 2) for line in lines],
+        "history_share": of_history / verifies,
+        "history_share_by_step": [round(line.get("history_share", 0.0), 4) for line in lines],
+        "history_accept_length": statistics.fmean(drafted) if drafted else None,
+        "running_requests": plan.history_running,
+    }
 
 
 # ---- the jobs ----
 
 
 def all_jobs(names: Sequence[str], seeds: Sequence[int]) -> list[tuple[Arm, int]]:
-    """Every arm once a seed, the first place rotating, so that a machine's drift meets all arms alike."""
+    """Every arm once a seed, the first place rotating, so that a machine's drift meets all arms alike.
+
+    A seed's order is its own, whichever others are asked for: seeds may run in processes of their own.
+    """
     arms = [arm for arm in ARMS if arm.name in names]
-    return [(arm, seed) for i, seed in enumerate(seeds) for arm in (arms[i % len(arms) :] + arms[: i % len(arms)])]
+    firsts = [seed % len(arms) if arms else 0 for seed in seeds]
+    return [(arm, seed) for seed, i in zip(seeds, firsts, strict=True) for arm in (*arms[i:], *arms[:i])]
 
 
 def run_jobs(plan: Plan, place: Place, jobs: Sequence[tuple[Arm, int]], deadline_s: float, results: Path) -> list[str]:
@@ -156,82 +190,7 @@ def row_of(plan: Plan, place: Place, arm: Arm, seed: int) -> dict[str, Any]:
     return {**asdict(arm), "seed": seed, **describe(plan, arm, lines, seconds), "plan": asdict(plan)}
 
 
-# ---- what is shown ----
-
-COLUMNS = {  # key -> heading, format
-    "accept_length": ("accept length", ".3f"),
-    "token_share": ("tokens", ".0%"),
-    "steps_trained": ("steps trained", ".1f"),
-    "draft_share": ("draft's time", ".1%"),
-    "spent_s": ("spent s", ".1f"),
-    "seconds": ("whole run s", ".1f"),
-}
-OF_KIND = {
-    "rl": {"steps_to_90": ("steps to 90 %", ".1f")},
-    "shock": {
-        "plateau": ("plateau", ".3f"),
-        "lowest": ("lowest", ".3f"),
-        "recovered_90": ("to 90 %", ".1f"),
-        "recovered_100": ("to 100 %", ".1f"),
-    },
-    "curve": {},
-}
-
-
-def mean_of(values: Sequence[float | None], spec: str) -> str:
-    """Mean and half of its 95 % interval; how many of the runs have none, where some do not."""
-    found = [value for value in values if value is not None]
-    if not found:
-        return "never" if values else ""
-    half = half_width_95(found)
-    text = format(statistics.fmean(found), spec) + (f" ± {format(half, spec)}" if half is not None else "")
-    return text + (f" ({len(values) - len(found)} never)" if len(found) < len(values) else "")
-
-
-def show(out: Console, rows: Sequence[Mapping[str, Any]], kind: str) -> None:
-    """One table of a kind's arms, over the seeds that are done."""
-    columns = {**COLUMNS, **OF_KIND[kind]}
-    table = Table(title=f"{kind}: mean over seeds ± half of the 95 % interval")
-    table.add_column("arm")
-    for heading, _ in columns.values():
-        table.add_column(heading, justify="right")
-    for name in dict.fromkeys(row["name"] for row in rows if row["kind"] == kind):
-        of_arm = [row for row in rows if row["name"] == name]
-        cells = ([row[key] for row in of_arm if key in row] for key in columns)
-        texts = [mean_of(values, spec) for values, (_, spec) in zip(cells, columns.values(), strict=True)]
-        table.add_row(f"{name} ({len(of_arm)})", *texts)
-    if table.row_count:
-        out.print(table)
-
-
-def loss_of_acceptance(rows: Sequence[Mapping[str, Any]]) -> list[tuple[float, float]]:
-    """(share of the tokens trained on, share of the accept length lost against all tokens), paired by seed."""
-    curve = [row for row in rows if row["kind"] == "curve"]
-    whole = {row["seed"]: row["accept_length"] for row in curve if row["share"] == 1.0}
-    points = []
-    for share in sorted({row["share"] for row in curve} - {1.0}):
-        lost = [1 - r["accept_length"] / whole[r["seed"]] for r in curve if r["share"] == share and r["seed"] in whole]
-        if lost:
-            points.append((share, statistics.fmean(lost)))
-    return points
-
-
-def point_used(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Where "pays" lies beside "always", from the same draft, paired by seed; empty before both are done."""
-    always, pays = ({r["seed"]: r for r in rows if r["kind"] == "rl" and r["name"] == n} for n in ("always", "pays"))
-    seeds = always.keys() & pays.keys()
-    if not seeds:
-        return ""
-
-    def mean(key: str) -> float:
-        return statistics.fmean(pays[seed][key] for seed in seeds)
-
-    lost = statistics.fmean(1 - pays[seed]["accept_length"] / always[seed]["accept_length"] for seed in seeds)
-    return (
-        f"point used by pays: {mean('token_share'):.1%} of the tokens, {mean('draft_share'):.1%} of the time, accept "
-        f"length {lost:+.1%} lost against training on {statistics.fmean(always[s]['token_share'] for s in seeds):.0%} "
-        "in every step"
-    )
+# ---- command ----
 
 
 def experiment(args: argparse.Namespace) -> None:
@@ -241,15 +200,8 @@ def experiment(args: argparse.Namespace) -> None:
     jobs = all_jobs(args.arms, args.seeds)
     left_out = run_jobs(plan, place, [(WARM, WARM_SEED)], deadline_s, args.results)
     left_out += run_jobs(plan, place, jobs, deadline_s, args.results) if not left_out else [arm.name for arm, _ in jobs]
-    rows = [row_of(plan, place, arm, seed) for arm, seed in jobs if is_done(place, arm, seed)]
     out = console()
-    for kind in OF_KIND:
-        show(out, rows, kind)
-    for share, lost in loss_of_acceptance(rows):
-        out.print(f"trained on {share:.0%} of the tokens: accept length {lost:+.1%} lost against all of them")
-    if point := point_used(rows):
-        out.print(point)
-    out.print("On a CPU, fixed depth, no plain probe: seconds are this machine's, and what is saved is a bound.")
+    show_all(out, [row_of(plan, place, arm, seed) for arm, seed in jobs if is_done(place, arm, seed)])
     if left_out:
         out.print(f"no time left for {', '.join(left_out)}: give the same command again")
 
@@ -258,14 +210,19 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = arguments(MODULE, __doc__.splitlines()[0])
     names = tuple(arm.name for arm in ARMS)
     parser.add_argument("--work", type=Path, required=True, help="state of the experiment; give it again to go on")
-    parser.add_argument("--arms", type=words, default=names, help="arms, or all of a kind: rl, shock, curve")
+    parser.add_argument(
+        "--arms",
+        type=words,
+        default=names,
+        help="arms, or all of a kind: rl, shock, curve, history; warm: none, only what they start from",
+    )
     parser.add_argument("--seeds", type=integers, default=(0, 1))
     parser.add_argument("--budget-s", type=float, default=3600.0, help="no arm begins that would end later than this")
     parser.add_argument("--rehearse", action="store_true", help="tiny sizes, to see that it runs")
     args = parser.parse_args(argv)
     for name in args.arms:
-        if name not in {*names, *OF_KIND}:
-            parser.error(f"unknown arm {name!r}; use some of {', '.join((*OF_KIND, *names))}")
+        if name not in {*names, *OF_KIND, WARM.name}:
+            parser.error(f"unknown arm {name!r}; use some of {', '.join((WARM.name, *OF_KIND, *names))}")
     args.arms = tuple(arm.name for arm in ARMS if arm.name in args.arms or arm.kind in args.arms)
     if WARM_SEED in args.seeds:
         parser.error(f"seed {WARM_SEED} is the given draft's: leave it out of --seeds")

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from draft_models.config import DraftConfig
-from rollout_engine.config import RolloutConfig
+from rollout_engine.config import RolloutConfig, SpeculationConfig
 from sync.atomic import whole_folder, write_file
 from trainer import loop
 from trainer.config import DataConfig, PolicyConfig, RunConfig
@@ -48,6 +48,8 @@ class Plan:
     prompts: int = 64
     samples: int = 8
     rows: int = 2048  # prompts of either half of the task
+    history_rows: int = 256  # prompts of the history arms, whose epochs are so many prompts long; whole steps
+    history_running: int = 8  # requests that run at a time there
     max_response_len: int = 80
     num_steps: int = 3  # k
     lr: float = 5e-4
@@ -68,6 +70,7 @@ REHEARSAL = Plan(
     prompts=6,
     samples=4,
     rows=64,
+    history_rows=6,
     max_response_len=32,
     draft_tokens=100,
     all_updates=4,
@@ -80,11 +83,12 @@ class Arm:
     """`kind`: what it is for. `share` above 0: that part of the tokens in every step, whatever pays."""
 
     name: str
-    kind: str  # warm | rl | shock | curve
+    kind: str  # warm | rl | shock | curve | history
     train_when: str = "always"
     draft: str = "given"  # given: trained on rollouts of the start policy | random
     shock: str = ""  # lr: learning rate x 10 for one step | mix: the other half of the task from then on
     share: float = 0.0
+    history: bool = False
 
 
 WARM = Arm("warm", "warm", draft="random")
@@ -97,6 +101,8 @@ ARMS = (
     Arm("pays-random", "rl", "pays", draft="random"),
     *(Arm(f"{shock}-{when}", "shock", when, shock=shock) for shock in ("lr", "mix") for when in ("always", "pays")),
     *(Arm(f"share-{share:g}", "curve", "pays", share=share) for share in SHARES),
+    Arm("online", "history"),
+    Arm("online+history", "history", history=True),
 )
 
 
@@ -106,6 +112,7 @@ def num_steps(plan: Plan, arm: Arm) -> int:
         "rl": plan.steps,
         "shock": plan.shock_step + plan.after_shock,
         "curve": plan.curve_steps,
+        "history": plan.steps,
     }
     return by_kind[arm.kind]
 
@@ -131,8 +138,9 @@ class Place:
     def done(self, arm: Arm, seed: int) -> Path:
         return self.work / "done" / f"{arm.name}-{seed}"
 
-    def prompts(self, mix: str) -> Path:
-        return self.work / f"{mix}.jsonl"
+    def prompts(self, name: str) -> Path:
+        """`name`: first (half of the task's words), few of those, or mix, which goes over to the other half."""
+        return self.work / f"{name}.jsonl"
 
 
 # ---- what arms start from ----
@@ -148,6 +156,7 @@ def make_start(plan: Plan, place: Place) -> None:
     before = plan.shock_step * plan.prompts
     repeated = [first[i % len(first)] for i in range(before)]
     write_file(place.prompts("first"), "".join(first))
+    write_file(place.prompts("few"), "".join(first[: plan.history_rows]))
     write_file(place.prompts("mix"), "".join(repeated + other))
 
 
@@ -194,15 +203,16 @@ def run_config(plan: Plan, place: Place, arm: Arm, seed: int) -> RunConfig:
             max_tokens_per_update=plan.all_tokens if sees_all else plan.draft_tokens,
         ),
         rollout=RolloutConfig(
-            max_running_requests=32,
+            max_running_requests=plan.history_running if arm.kind == "history" else 32,
             max_response_len=plan.max_response_len,
             speculative_num_steps=plan.num_steps,
             speculative_draft_model_path=str(place.draft) if arm.draft == "given" else "",
             verify_rule="rejection",
             controller="fixed",
         ),
+        speculation=SpeculationConfig(history=arm.history),
         data=DataConfig(
-            prompt_data=str(place.prompts("mix" if arm.shock == "mix" else "first")),
+            prompt_data=str(place.prompts(_prompts_of(arm))),
             apply_chat_template=True,
             rollout_shuffle=arm.shock != "mix",
             rollout_batch_size=plan.prompts,
@@ -210,6 +220,12 @@ def run_config(plan: Plan, place: Place, arm: Arm, seed: int) -> RunConfig:
             reward=get_task(TASK).reward,
         ),
     )
+
+
+def _prompts_of(arm: Arm) -> str:
+    if arm.kind == "history":
+        return "few"
+    return "mix" if arm.shock == "mix" else "first"
 
 
 def _write_schedule(place: Place, arm: Arm, steps: int) -> Path:
@@ -221,19 +237,18 @@ def _write_schedule(place: Place, arm: Arm, steps: int) -> Path:
 
 
 class ShockedPolicy:
-    """The run's policy, whose learning rate is ten times itself in one update; its schedule sets the next one's."""
+    """The run's policy, whose learning rate is ten times itself in one step; its schedule sets the next one's."""
 
-    def __init__(self, policy: Any, update: int) -> None:
-        self._policy, self._left = policy, update
+    def __init__(self, run: Run, step: int) -> None:
+        self._run, self._policy, self._step = run, run.policy, step
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._policy, name)
 
     def update(self, *arguments: Any) -> Any:
-        if self._left == 0:
+        if self._run.next_step == self._step:
             for group in self._policy._optimizer.param_groups:
                 group["lr"] *= LEARNING_RATE_SHOCK
-        self._left -= 1
         return self._policy.update(*arguments)
 
 
@@ -244,7 +259,7 @@ def run_arm(plan: Plan, place: Place, arm: Arm, seed: int) -> None:
     shutil.rmtree(folder, ignore_errors=True)  # of a run that was cut off: an arm starts again
     print(f"{config.name}: {config.num_rollout} steps", flush=True)
     start_s = time.perf_counter()
-    _train(config, folder, shock_update=plan.shock_step if arm.shock == "lr" else -1)
+    _train(config, folder, shock_step=plan.shock_step if arm.shock == "lr" else -1)
     seconds = time.perf_counter() - start_s
     if arm.kind == "warm":
         with whole_folder(place.draft) as draft:
@@ -258,12 +273,12 @@ def run_arm(plan: Plan, place: Place, arm: Arm, seed: int) -> None:
     gc.collect()
 
 
-def _train(config: RunConfig, folder: Path, shock_update: int) -> None:
+def _train(config: RunConfig, folder: Path, shock_step: int) -> None:
     """What `trainer.run.train` does, without report and lines on a terminal."""
     run: Run = build_run(config)
     try:
-        if shock_update >= 0:
-            run.policy = ShockedPolicy(run.policy, shock_update)
+        if shock_step >= 0:
+            run.policy = ShockedPolicy(run, shock_step)
         with Progress(config.num_rollout, str(folder)) as progress:
             run.progress, run.writer = progress, MetricsWriter(folder)
             loop.train(run)

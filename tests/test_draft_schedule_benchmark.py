@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from benchmarks import draft_schedule as bench
+from benchmarks import draft_schedule_report as report
 from benchmarks.draft_schedule_runs import (
     ARMS,
     REHEARSAL,
@@ -22,6 +24,8 @@ from benchmarks.draft_schedule_runs import (
     make_start,
     run_config,
 )
+from benchmarks.plateau import most_of
+from trainer.config import ConfigError
 from trainer.config_check import validate
 
 PLATEAU = [2.0, 2.1, 1.9, 2.0, 2.05, 1.95]  # the last four: mean 1.975, standard deviation 0.065
@@ -30,10 +34,10 @@ PLATEAU = [2.0, 2.1, 1.9, 2.0, 2.05, 1.95]  # the last four: mean 1.975, standar
 @pytest.mark.parametrize(
     ("after", "to_90", "to_100"),
     [
-        ([1.2, 1.7, 1.8, 1.95], 2, 3),
-        ([1.9, 1.4, 1.85, 1.9], 2, None),
+        ([1.2, 1.7, 1.88, 1.95], 2, 3),
+        ([1.9, 1.4, 1.85, 1.9], 3, None),
         ([1.95, 2.0, 2.0], 0, 0),
-        ([1.8, 1.85, 1.92], 0, 2),
+        ([1.88, 1.85, 1.89, 1.92], 2, 3),  # 1.85 is 94 % of the accept length, but 87 % of the drafts that stood
         ([1.0, 1.1], None, None),
     ],
 )
@@ -44,7 +48,12 @@ def test_recovery_is_counted_from_the_first_rollout_that_shows_the_shock(after, 
 
 
 def test_the_rise_is_towards_the_plateau_that_a_run_ends_on():
-    assert bench.rise([1.0, 1.5, 1.9, 2.0, 2.0, 2.0, 2.0]) == {"steps_to_90": 2}
+    assert bench.rise([1.0, 1.5, 1.85, 1.9, 2.0, 2.0, 2.0, 2.0]) == {"steps_to_90": 3}
+
+
+def test_90_percent_leave_out_the_bonus_token():
+    assert most_of(2.5) == pytest.approx(2.35) and most_of(1.0) == 1.0
+    assert bench.recovery([2.5] * 4 + [2.3, 2.36], 4)["recovered_90"] == 1
 
 
 def line(step: int, length: float, share: float) -> dict[str, Any]:
@@ -85,8 +94,8 @@ def test_what_is_lost_is_paired_by_seed():
         for seed, base in ((0, 2.0), (1, 3.0))
         for share in (0.1, 1.0)
     ]
-    assert bench.loss_of_acceptance(rows) == [(0.1, pytest.approx(0.1))]
-    assert bench.loss_of_acceptance(rows[:1]) == []  # its counterpart is not done yet
+    assert report.loss_of_acceptance(rows) == [(0.1, pytest.approx(0.1))]
+    assert report.loss_of_acceptance(rows[:1]) == []  # its counterpart is not done yet
 
 
 def test_the_point_used_is_that_of_pays_beside_always():
@@ -101,17 +110,18 @@ def test_the_point_used_is_that_of_pays_beside_always():
         }
 
     rows = [row("always", 0, 2.0, 0.4), row("pays", 0, 1.9, 0.1), row("always", 1, 3.0, 0.4), row("pays", 1, 2.85, 0.2)]
-    assert "15.0% of the tokens, 3.0% of the time, accept length +5.0% lost" in bench.point_used(rows)
-    assert "training on 40%" in bench.point_used(rows)
-    assert bench.point_used(rows[:1]) == ""
+    assert "15.0% of the tokens, 3.0% of the time, accept length +5.0% lost" in report.point_used(rows)
+    assert "training on 40%" in report.point_used(rows)
+    assert report.point_used(rows[:1]) == ""
 
 
 def test_runs_that_never_got_there_are_counted_apart():
-    assert bench.mean_of([2.0, None], ".1f") == "2.0 (1 never)"
-    assert bench.mean_of([None], ".1f") == "never" and bench.mean_of([], ".1f") == ""
+    assert report.mean_of([2.0, None], ".1f") == "2.0 (1 never)"
+    assert report.mean_of([None], ".1f") == "never" and report.mean_of([], ".1f") == ""
+    assert report.mean_of([0.1, 0.1], "+.1f") == "+0.1 ± 0.0"
 
 
-def test_the_shock_is_one_update_long():
+def test_the_shock_is_one_step_long_and_belongs_to_its_step_whatever_steps_had_no_update():
     class Policy:
         def __init__(self) -> None:
             self.seen: list[float] = []
@@ -122,11 +132,85 @@ def test_the_shock_is_one_update_long():
             self.seen.append(self.param_groups[0]["lr"])
             self.param_groups[0]["lr"] = 1.0  # as the schedule does
 
-    policy = Policy()
-    shocked = ShockedPolicy(policy, 2)
-    for _ in range(4):
+    run: Any = SimpleNamespace(policy=Policy(), next_step=0)
+    shocked = ShockedPolicy(run, 2)
+    for run.next_step in (0, 2, 3):  # in step 1 every group was dropped
         shocked.update(None)
-    assert policy.seen == [1.0, 1.0, 10.0, 1.0]
+    assert run.policy.seen == [1.0, 10.0, 1.0]
+
+
+def test_a_shock_whose_step_had_no_update_has_no_recovery():
+    plan, arm = replace(Plan(), shock_step=4), next(arm for arm in ARMS if arm.shock == "lr")
+    lines = [line(i, 2.0, 1.0) for i in range(6)]
+    assert bench.describe(plan, arm, lines, 1.0)["recovered_90"] == 0
+    lines[4]["policy_skipped"] = 1
+    found = bench.describe(plan, arm, lines, 1.0)
+    assert found["shock_missed"] and "recovered_90" not in found
+
+
+# ---- history beside the same arm without ----
+
+
+def history_row(name: str, seed: int, tokens_per_verify: float, tokens_per_s: float) -> dict[str, Any]:
+    """Steps 0 and 1 are the first epoch of 128 prompts, step 2 begins the second."""
+    arm = next(arm for arm in ARMS if arm.name == name)
+    lines = []
+    for step in range(3):
+        history = {"history_verify_steps": 25 * step, "history_share": step / 4, "history_accept_length": 3.0}
+        more = {"verify_steps": 100, "tokens_per_forward": tokens_per_verify, "tokens_per_s": tokens_per_s + step}
+        if arm.history:
+            more |= history
+        lines.append(line(step, tokens_per_verify + arm.history * step / 10, 1.0) | more)
+    plan = replace(Plan(), prompts=64, history_rows=128)
+    return {"name": name, "kind": "history", "seed": seed, **bench.describe(plan, arm, lines, 1.0)}
+
+
+def test_history_is_read_by_epoch_of_the_prompts_and_paired_by_seed_and_step():
+    rows = [history_row("online", seed, 2.0 + seed, 100.0) for seed in (0, 1)]
+    rows += [history_row("online+history", seed, 2.2 + seed, 110.0) for seed in (0, 1)]
+    first, second = report.history_gains(rows)
+    assert (first["epoch"], second["epoch"]) == (0, 1)
+    assert first["accept_length"] == pytest.approx([0.25, 0.25]) and second["accept_length"] == pytest.approx([0.4] * 2)
+    assert first["tokens_per_forward"] == pytest.approx([0.2, 0.2])
+    assert first["tokens_per_s"].mean == pytest.approx((110 / 100 * 111 / 101) ** 0.5)
+    assert second["tokens_per_s"].mean == pytest.approx(112 / 102) and second["history_share"] == [0.5, 0.5]
+    assert rows[-1]["history_share"] == 0.25 and rows[0]["history_share"] == 0.0
+    assert report.history_gains(rows[:3]) and not report.history_gains(rows[:2])  # a pair is needed
+
+
+def test_the_history_arms_differ_in_history_alone_and_their_prompts_come_again(tmp_path: Path):
+    place, plan = Place(tmp_path), Plan()
+    plain, both = (
+        run_config(plan, place, next(arm for arm in ARMS if arm.name == name), 0)
+        for name in ("online", "online+history")
+    )
+    assert both.speculation.history and not plain.speculation.history
+    assert replace(both, name=plain.name, speculation=plain.speculation) == plain
+    assert plan.history_rows % plan.prompts == 0 and plan.steps * plan.prompts >= 4 * plan.history_rows
+    assert REHEARSAL.history_rows % REHEARSAL.prompts == 0
+
+
+def test_lines_of_several_processes_are_one_result_and_those_of_other_sizes_are_refused(tmp_path: Path):
+    files = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
+
+    def write(file: Path, *rows: tuple[str, int, float]) -> None:
+        texts = (json.dumps({"name": n, "seed": s, "accept_length": x, "plan": {"steps": 3}}) for n, s, x in rows)
+        file.write_text("".join(f"{text}\n" for text in texts))
+
+    write(files[0], ("always", 0, 2.0), ("warm", 7, 1.0))
+    write(files[1], ("always", 1, 3.0), ("warm", 7, 1.5))
+    found = {(row["name"], row["seed"]): row["accept_length"] for row in report.read_rows(files)}
+    assert found == {("always", 0): 2.0, ("always", 1): 3.0, ("warm", 7): 1.5}
+    files[1].write_text(files[1].read_text().replace(": 3}", ": 24}"))
+    with pytest.raises(ConfigError, match="several sizes"):
+        report.read_rows(files)
+
+
+def test_a_seed_has_its_own_order_of_arms_whichever_others_are_asked_for():
+    names = ("always", "pays")
+    together = [arm.name for arm, seed in bench.all_jobs(names, (0, 1)) if seed == 1]
+    assert together == [arm.name for arm, _ in bench.all_jobs(names, (1,))] == ["pays", "always"]
+    assert bench.all_jobs((), (0, 1)) == []
 
 
 def test_every_arm_is_a_run_that_would_start_and_the_mix_changes_at_its_step(tmp_path: Path):
@@ -154,6 +238,7 @@ def test_an_arm_that_does_not_fit_the_budget_is_left_for_the_next_call(tmp_path:
 def test_arms_are_named_alone_or_by_kind():
     args = bench.parse(["--work", "x", "--arms", "curve,pays"])
     assert args.arms == ("pays", *(arm.name for arm in ARMS if arm.kind == "curve"))
+    assert bench.parse(["--work", "x", "--arms", "warm"]).arms == ()
     with pytest.raises(SystemExit):
         bench.parse(["--work", "x", "--arms", "nothing"])
 
@@ -161,10 +246,15 @@ def test_arms_are_named_alone_or_by_kind():
 @pytest.mark.slow
 def test_the_whole_at_its_smallest(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     command = ["--work", str(tmp_path / "work"), "--results", str(tmp_path / "results.jsonl"), "--rehearse"]
-    command += ["--arms", "always,pays,mix-pays,share-0.25,share-1", "--seeds", "0"]
+    command += ["--arms", "always,pays,mix-pays,share-0.25,share-1,history", "--seeds", "0"]
     bench.main(command)
     bench.main(command)  # nothing is left to do
     rows = [json.loads(text) for text in (tmp_path / "results.jsonl").read_text().splitlines()]
-    assert [row["name"] for row in rows] == ["warm", "always", "pays", "mix-pays", "share-0.25", "share-1"]
+    names = ["warm", "always", "pays", "mix-pays", "share-0.25", "share-1", "online", "online+history"]
+    assert [row["name"] for row in rows] == names
     assert rows[4]["token_share"] < 0.5 < rows[5]["token_share"]
-    assert "trained on 25% of the tokens" in capsys.readouterr().out
+    assert rows[6]["epoch_by_step"] == rows[7]["epoch_by_step"] == [0, 1, 2]
+    shown = capsys.readouterr().out
+    assert "trained on 25% of the tokens" in shown and "epoch of the prompts" in shown
+    report.main([str(tmp_path / "results.jsonl")])
+    assert "epoch of the prompts" in capsys.readouterr().out
