@@ -15,6 +15,8 @@ from rollout_engine.types import EngineConfigError
 _GIB = 1024**3
 _MARGIN = 1.1  # allocator rounding and what is not counted: rope tables, block tables
 _LEAST_FRACTION = 0.1
+_STATIC_SHARE = 0.85  # of the free memory, at most, for weights and KV: the server's context and graphs need the rest
+_TRAINER_SHARE = 0.5  # at most, for an engine that keeps its memory while the policy trains: activations need as much
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +54,52 @@ class MemoryNeed:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class TrainerNeed:
+    """Memory of the engine's GPU that a trainer takes only after the engine has taken its own."""
+
+    policy_bytes: int = 0  # Adam, from the first update on
+    draft_bytes: int = 0  # gradients and Adam, likewise
+    sync_bytes: int = 0
+    capture_bytes: int = 0  # during an update alone
+
+    def beside_engine_bytes(self, *, offload: bool) -> int:
+        """At the worst moment that the engine's KV is there too; with `offload` it is not there during updates."""
+        lasting = self.policy_bytes + self.draft_bytes + self.sync_bytes
+        return lasting if offload else lasting + self.capture_bytes
+
+    def __str__(self) -> str:
+        return (
+            f"Adam of the policy {gib(self.policy_bytes)}, gradients and Adam of the draft {gib(self.draft_bytes)}, "
+            f"a sync {gib(self.sync_bytes)}, captured states {gib(self.capture_bytes)}"
+        )
+
+
+def trainer_needed(
+    *,
+    policy_params: int,
+    adam_params: int,
+    draft_params: int,
+    trains_draft: bool,
+    itemsize: int,
+    gathers: bool,
+    capture_bytes: int,
+) -> TrainerNeed:
+    """What will come. Weights, gradients and float32 master copies of the policy and weights of the draft are there
+    before an engine starts.
+
+    Adam keeps two float32 moments, 8 bytes, of each of the `adam_params` that this rank steps. The draft's gradients
+    are float32, 4 bytes more. A sync holds at `itemsize` bytes a number the buckets of both models, which stay, and
+    where it `gathers` the policy from several ranks a whole copy of it. `capture_bytes` are those of the draft's data.
+    """
+    return TrainerNeed(
+        policy_bytes=8 * adam_params,
+        draft_bytes=12 * draft_params if trains_draft else 0,
+        sync_bytes=itemsize * (policy_params + draft_params + (policy_params if gathers else 0)),
+        capture_bytes=capture_bytes,
+    )
+
+
 def gib(num_bytes: float) -> str:
     """As text, in GiB."""
     return f"{num_bytes / _GIB:.2f} GiB"
@@ -85,15 +133,24 @@ def _kv_numbers_per_token(config: Mapping[str, Any]) -> int:
     return int(2 * config.get("num_hidden_layers", 1) * kv_heads * head_dim)
 
 
-def static_fraction(need: MemoryNeed, free_bytes: int, most: float) -> float:
+def most_share(free_bytes: int, trainer: TrainerNeed | None, *, offload: bool) -> float:
+    """The largest share of the free memory that weights and KV may have, beside a trainer that is yet to grow."""
+    if trainer is None:
+        return _STATIC_SHARE
+    left = max(0.0, _STATIC_SHARE - trainer.beside_engine_bytes(offload=offload) / free_bytes)
+    return left if offload else min(_TRAINER_SHARE, left)
+
+
+def static_fraction(need: MemoryNeed, free_bytes: int, most: float, trainer: TrainerNeed | None = None) -> float:
     """The share of the free memory for weights and KV: what all slots need, and no more than `most`.
 
-    Raises EngineConfigError when `most` does not hold the weights and one request.
+    Raises EngineConfigError when `most` does not hold the weights and one request. `trainer` is named there alone.
     """
     if need.least_bytes * _MARGIN > free_bytes * most:
+        beside = "" if trainer is None else f", and the trainer will take {trainer}"
         raise EngineConfigError(
             f"the GPU is too small: {gib(free_bytes)} are free, of which the engine may take {most:.0%} "
-            f"(rollout.sglang.mem_fraction_static); it needs {need}; lower rollout.max_running_requests or "
+            f"(rollout.sglang.mem_fraction_static); it needs {need}{beside}; lower rollout.max_running_requests or "
             "rollout.context_length, or take a smaller model"
         )
     return round(min(most, max(_LEAST_FRACTION, need.total_bytes * _MARGIN / free_bytes)), 3)

@@ -18,6 +18,7 @@ from typing import Any
 from rollout_engine.checks import check_requests
 from rollout_engine.config import RolloutConfig
 from rollout_engine.http_client import Reply, ServerUnreachable
+from rollout_engine.memory import TrainerNeed
 from rollout_engine.request_pool import Piece, Progress, RequestPool
 from rollout_engine.server_process import ServerProcess
 from rollout_engine.sglang_calls import GenerateCalls
@@ -40,6 +41,7 @@ from sync.plan import SyncError, SyncPlan
 from sync.receiver import Bundle
 from sync.remote import RemoteTransport, connect
 
+_NOTHING_MORE = TrainerNeed()
 _POLL_S = 0.5
 _DEATH_S = 3.0  # how long a server that broke a connection may take to be seen dead
 _FLUSH_TIMEOUT_S, _FLUSH_AGAIN_S = 30.0, 0.003
@@ -91,14 +93,15 @@ class SGLangEngine:
         work_dir: Path,
         serves_files: bool = False,
         detokenize: Detokenize | None = None,
+        trainer: TrainerNeed = _NOTHING_MORE,
     ) -> None:
         """Start a server over `policy` and `draft` (EAGLE-3, SGLang's form), or attach to config.sglang_address.
 
         Responses end at `eos_token_ids` and at those that the policy's files name, as SGLang reads them. `work_dir`
         gets engine.log and the files of syncs. `detokenize` turns token ids into text, special tokens included, for
-        stop strings of interrupted requests. Raises EngineConfigError for settings, files or an
-        installation from which no server can be started, and EngineError with the last lines of its log when it does
-        not come up.
+        stop strings of interrupted requests. Without `serves_files` a trainer shares the GPU, and will take `trainer`
+        more of its memory. Raises EngineConfigError for settings, files or an installation from which no server can
+        be started, and EngineError with the last lines of its log when it does not come up.
         """
         self._config, self._detokenize = config, detokenize
         self._eos = end_token_ids(policy).union(eos_token_ids)
@@ -117,7 +120,9 @@ class SGLangEngine:
         if config.sglang_address:
             server = attach(config, policy, self._context_length)
         else:
-            server = start(config, policy, draft, self._context_length, work_dir, leaves_room=not serves_files)
+            server = start(
+                config, policy, draft, self._context_length, work_dir, trainer=None if serves_files else trainer
+            )
         self._process, self._client, self._server_version = server.process, server.client, server.version
         self._calls = GenerateCalls(self._client)
         self._pool = RequestPool(self._serve, self._stop, config.max_running_requests)

@@ -14,7 +14,7 @@ import torch
 
 from rollout_engine.config import RolloutConfig
 from rollout_engine.http_client import HttpClient, ServerUnreachable
-from rollout_engine.memory import count_parameters, memory_needed, static_fraction
+from rollout_engine.memory import TrainerNeed, count_parameters, gib, memory_needed, most_share, static_fraction
 from rollout_engine.server_process import ServerProcess, free_port, port_is_taken
 from rollout_engine.sglang_attach import attach_faults
 from rollout_engine.sglang_flags import command_line, server_settings
@@ -25,8 +25,6 @@ from rollout_engine.types import EngineConfigError, EngineError
 
 _log = logging.getLogger(__name__)
 _PROJECT = Path(__file__).resolve().parent.parent
-_TRAINER_SHARE = 0.5  # of the free GPU memory, at most, for an engine that shares the GPU with training
-_ALONE_SHARE = 0.85  # where no training runs beside it
 _GRPC_ABOVE = 10000  # SGLang 0.5.15 takes the port so far above for gRPC and refuses to start without one
 _PORT_TRIES = 3
 _HEALTH_TIMEOUT_S = 30.0
@@ -48,9 +46,15 @@ class Server:
 
 
 def start(
-    config: RolloutConfig, policy: Path, draft: Path | None, context_length: int, work_dir: Path, *, leaves_room: bool
+    config: RolloutConfig,
+    policy: Path,
+    draft: Path | None,
+    context_length: int,
+    work_dir: Path,
+    *,
+    trainer: TrainerNeed | None,
 ) -> Server:
-    """Start a server and wait until it is healthy. `leaves_room`: a trainer computes on the same GPU.
+    """Start a server and wait until it is healthy. `trainer` computes on the same GPU; None when nobody does.
 
     Raises EngineConfigError before anything is started, or with the cause that the server's log names; EngineError
     when it does not become healthy in time. Nothing is left running then.
@@ -60,7 +64,7 @@ def start(
     given_port = ready.flags.get("port")
     if given_port and port_is_taken(given_port):
         raise EngineConfigError(f"rollout.sglang.port = {given_port} is taken: name another, or leave it out")
-    share = _memory_share(config, policy, draft, ready.device, context_length, ready.flags, leaves_room)
+    share = _memory_share(config, policy, draft, ready, context_length, trainer)
     settings = server_settings(
         config,
         policy.resolve(),
@@ -133,13 +137,12 @@ def _memory_share(
     config: RolloutConfig,
     policy: Path,
     draft: Path | None,
-    device: str,
+    ready: Ready,
     context_length: int,
-    extra: Mapping[str, Any],
-    leaves_room: bool,
+    trainer: TrainerNeed | None,
 ) -> float | None:
     """mem_fraction_static; None on a CPU, where SGLang's own default stands."""
-    if device == "cpu":
+    if ready.device == "cpu":
         return None
     need = memory_needed(
         read_json(policy / "config.json"),
@@ -150,12 +153,15 @@ def _memory_share(
         num_slots=config.max_running_requests,
         tokens_per_slot=context_length,
     )
-    free_bytes, _ = torch.cuda.mem_get_info(torch.device(device))
-    default = _TRAINER_SHARE if leaves_room and not config.offload else _ALONE_SHARE
-    most = float(extra.get("mem_fraction_static", default))
-    share = static_fraction(need, free_bytes, most)
+    free_bytes, _ = torch.cuda.mem_get_info(torch.device(ready.device))
+    most = float(ready.flags.get("mem_fraction_static", most_share(free_bytes, trainer, offload=config.offload)))
+    share = static_fraction(need, free_bytes, most, trainer)
     if need.total_bytes > free_bytes * most:
-        _log.warning("KV memory does not hold every request at full length, some will wait: the engine needs %s", need)
+        _log.warning(
+            "KV memory does not hold every request at full length, some will wait: of %s free the engine may take "
+            "%.0f%%; it needs %s%s",
+            *(gib(free_bytes), 100 * most, need, "" if trainer is None else f", and the trainer will take {trainer}"),
+        )
     return share
 
 

@@ -16,14 +16,15 @@ from draft_models.config import DraftConfig
 from draft_models.eagle3 import Eagle3, Eagle3Config
 from rollout_engine import sglang_engine
 from rollout_engine.config import RolloutConfig
+from rollout_engine.memory import TrainerNeed, count_parameters
 from rollout_engine.speculation import CostTable
 from rollout_engine.torch_engine import TorchEngine
 from rollout_engine.types import FinishReason, RolloutRequest, Sample, SamplingParams
 from trainer.cli import main
-from trainer.config import ConfigError
+from trainer.config import ConfigError, PolicyConfig, RunConfig
 from trainer.hf_files import read_config
 from trainer.make_model import MakeModelConfig, make_model
-from trainer.serving import build_engine, context_length, device_of, eos_token_ids, load_tokenizer
+from trainer.serving import build_engine, context_length, device_of, eos_token_ids, load_tokenizer, trainer_need
 
 PLAIN = RolloutConfig(speculative_algorithm="NONE", device="cpu")
 
@@ -119,6 +120,7 @@ def test_the_engine_is_the_one_that_the_settings_name(
         "eos_token_ids": eos_token_ids(policy_dir, tokenizer),
         "work_dir": tmp_path / "engine",
         "serves_files": True,
+        "trainer": TrainerNeed(),
     }
 
 
@@ -137,6 +139,28 @@ def test_a_server_gets_a_random_draft_as_a_folder_and_a_trained_one_where_it_lie
     started = build_engine(policy_dir, trained, draft, load_tokenizer(policy_dir), tmp_path / "second")
     assert isinstance(started, Started) and started.arguments["draft"] == tmp_path / "draft"
     assert not (tmp_path / "second").exists()
+
+
+def test_a_server_leaves_what_the_trainer_is_yet_to_take(
+    policy_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sglang_engine, "SGLangEngine", Started)
+    sizes = read_config(policy_dir)
+    draft = Eagle3(Eagle3Config.from_target(sizes, DraftConfig()), seed=3)
+    num_policy, num_draft = count_parameters(policy_dir), sum(weight.numel() for weight in draft.parameters())
+    config = RunConfig(rollout=RolloutConfig(engine="sglang", dtype="bfloat16"))
+    need = trainer_need(policy_dir, config, draft)
+    captured = (2 << 30) + 4 * sizes["vocab_size"] * sizes["hidden_size"]  # and the output layer, in float32
+    assert need == TrainerNeed(8 * num_policy, 12 * num_draft, 2 * (num_policy + num_draft), captured)
+    frozen = replace(config, draft=DraftConfig(train=False))
+    assert trainer_need(policy_dir, frozen, draft) == replace(need, draft_bytes=0)
+    assert trainer_need(policy_dir, config, None) == TrainerNeed(8 * num_policy, 0, 2 * num_policy, 0)
+    halves = replace(config, policy=PolicyConfig(tensor_model_parallel_size=2))
+    halved = replace(need, policy_bytes=4 * num_policy, sync_bytes=2 * (2 * num_policy + num_draft))
+    assert trainer_need(policy_dir, halves, draft) == halved
+    tokenizer = load_tokenizer(policy_dir)
+    started = build_engine(policy_dir, config.rollout, draft, tokenizer, tmp_path, trainer=need)
+    assert isinstance(started, Started) and started.arguments["trainer"] == need
 
 
 def sampled(policy_dir: Path, tokenizer: object, stop: tuple[str, ...]) -> Sample:

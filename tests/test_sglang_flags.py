@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,21 @@ from typing import Any
 import pytest
 import torch
 
+from rollout_engine import sglang_launch
 from rollout_engine.config import RolloutConfig
-from rollout_engine.memory import MemoryNeed, count_parameters, memory_needed, static_fraction
+from rollout_engine.memory import (
+    MemoryNeed,
+    TrainerNeed,
+    count_parameters,
+    memory_needed,
+    most_share,
+    static_fraction,
+    trainer_needed,
+)
 from rollout_engine.sglang_checks import check_sglang
 from rollout_engine.sglang_flags import check_draft_fits, command_line, server_settings
+from rollout_engine.sglang_install import Installation
+from rollout_engine.sglang_preflight import Ready
 from rollout_engine.types import EngineConfigError
 
 PLAIN = RolloutConfig(engine="sglang", speculative_algorithm="NONE", max_running_requests=128)
@@ -215,6 +227,53 @@ def test_a_gpu_that_is_too_small_is_told_in_numbers() -> None:
     need = MemoryNeed(10 * GIB, 1 * GIB, 1024, num_slots=16, tokens_per_slot=2**20)
     with pytest.raises(EngineConfigError, match=r"too small: 20\.00 GiB are free.*50%.*policy 10\.00 GiB, draft 1\.00"):
         static_fraction(need, 20 * GIB, most=0.5)
+
+
+def test_what_a_trainer_is_yet_to_take() -> None:
+    sizes = {"policy_params": 600, "draft_params": 100, "itemsize": 2, "capture_bytes": 5000}
+    alone = trainer_needed(adam_params=600, trains_draft=True, gathers=False, **sizes)
+    assert alone == TrainerNeed(policy_bytes=4800, draft_bytes=1200, sync_bytes=1400, capture_bytes=5000)
+    assert alone.beside_engine_bytes(offload=True) == 7400, "while states are captured the engine's KV is away"
+    assert alone.beside_engine_bytes(offload=False) == 12400
+    of_four = trainer_needed(adam_params=150, trains_draft=False, gathers=True, **sizes)
+    assert of_four == TrainerNeed(policy_bytes=1200, draft_bytes=0, sync_bytes=2600, capture_bytes=5000)
+
+
+def test_a_trainer_that_will_grow_is_left_its_room() -> None:
+    """The sizes of recipes/gpu-eagle3.toml on 80 GB: with 85 % the KV would not come back after the first step."""
+    trainer = TrainerNeed(int(4.4 * GIB), 2 * GIB, int(1.5 * GIB), int(4.3 * GIB))
+    free_bytes = 72 * GIB
+    most = most_share(free_bytes, trainer, offload=True)
+    assert most * free_bytes == pytest.approx((0.85 * 72 - 7.9) * GIB)
+    assert most_share(free_bytes, None, offload=True) == 0.85
+    assert most_share(free_bytes, trainer, offload=False) == 0.5, "activations need the rest"
+    assert most_share(24 * GIB, trainer, offload=False) == pytest.approx(0.85 - 12.2 / 24)
+    assert most_share(4 * GIB, trainer, offload=True) == 0.0
+    need = MemoryNeed(GIB, GIB // 2, 1024, num_slots=16, tokens_per_slot=2**20)
+    told = r"too small: 8\.00 GiB .*policy 1\.00 GiB, draft 0\.50 GiB, KV 16\.00 GiB .*trainer will take Adam of the"
+    with pytest.raises(EngineConfigError, match=told):
+        static_fraction(need, 8 * GIB, most_share(8 * GIB, trainer, offload=True), trainer)
+
+
+def test_a_server_is_told_a_share_that_leaves_the_trainer_its_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from safetensors.torch import save_file
+
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_8B | {"num_hidden_layers": 16, "num_key_value_heads": 8}))
+    save_file({"a": torch.zeros(1000)}, tmp_path / "model.safetensors")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (72 * GIB, 80 * GIB))
+    config = replace(PLAIN, offload=True, dtype="bfloat16", max_running_requests=256)
+    ready = Ready(Installation("python", tmp_path, "0.5.20", True, True), "cuda", {}, {})
+
+    def share(ready: Ready, trainer: TrainerNeed | None) -> float | None:
+        return sglang_launch._memory_share(config, tmp_path, None, ready, 4096, trainer)
+
+    assert share(ready, None) == 0.85 and "trainer" not in caplog.text
+    assert share(ready, TrainerNeed(policy_bytes=18 * GIB, capture_bytes=9 * GIB)) == 0.6
+    assert "of 72.00 GiB free the engine may take 60%" in caplog.text and "Adam of the policy 18.00 GiB" in caplog.text
+    given = replace(ready, flags={"mem_fraction_static": 0.7})
+    assert share(given, TrainerNeed(policy_bytes=18 * GIB)) == 0.7, "the user's word"
 
 
 def test_parameters_are_counted_from_headers(tmp_path: Path) -> None:

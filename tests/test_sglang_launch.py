@@ -62,7 +62,7 @@ def ports_tried(policy: Path) -> list[str]:
 
 
 def start(config: RolloutConfig, policy: Path) -> sglang_launch.Server:
-    return sglang_launch.start(config, policy, None, 32, policy.parent, leaves_room=False)
+    return sglang_launch.start(config, policy, None, 32, policy.parent, trainer=None)
 
 
 def test_a_port_that_was_taken_meanwhile_is_not_the_end(policy: Path, monkeypatch: pytest.MonkeyPatch) -> None:

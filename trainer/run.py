@@ -6,7 +6,7 @@ import copy
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from draft_models.checkpoint import save_draft
 from draft_models.eagle3 import DraftError, Eagle3, Eagle3Config
 from draft_models.types import VerifyRule
 from rollout_engine.config import RolloutConfig
+from rollout_engine.memory import TrainerNeed
 from rollout_engine.sglang_checks import check_draft_vocabulary
 from rollout_engine.types import RolloutEngine, SamplingParams
 from sync.atomic import whole_folder
@@ -59,6 +60,7 @@ from trainer.serving import (
     eos_token_ids,
     load_tokenizer,
     read_draft,
+    trainer_need,
 )
 
 
@@ -191,7 +193,9 @@ class Run:
         self.engine, old = None, self.engine
         old.close()
         del old  # its memory, before the next one takes its own
-        self.engine = _plain_engine(self.config, self.inputs, self.directory)
+        to_come = trainer_need(self.inputs.folder, self.config, None)
+        to_come = replace(to_come, policy_bytes=0)  # the optimizer has its memory since the first step
+        self.engine = _plain_engine(self.config, self.inputs, self.directory, to_come)
 
     def close(self) -> None:
         """Stop the engine, and the server behind it when there is one; then the folder is free for others."""
@@ -365,7 +369,7 @@ def _start_engine(
 
     def start() -> None:
         if plain:
-            engines.append(_plain_engine(config, inputs, directory))
+            engines.append(_plain_engine(config, inputs, directory, trainer_need(inputs.folder, config, draft)))
             return
         engine = build_engine(
             inputs.folder,
@@ -374,6 +378,7 @@ def _start_engine(
             inputs.tokenizer,
             directory.engine,
             speculation=config.speculation,
+            trainer=trainer_need(inputs.folder, config, draft),
         )
         engines.append(engine)
 
@@ -387,10 +392,15 @@ def _start_engine(
     return engines[0] if engines else None
 
 
-def _plain_engine(config: RunConfig, inputs: Inputs, directory: RunDir) -> RolloutEngine:
+def _plain_engine(config: RunConfig, inputs: Inputs, directory: RunDir, trainer: TrainerNeed) -> RolloutEngine:
     """What takes the engine's place after an alarm of the sentinel. The log of a server before it stays."""
     return build_engine(
-        inputs.folder, plain_rollout(config.rollout), None, inputs.tokenizer, directory.engine / "without_speculation"
+        inputs.folder,
+        plain_rollout(config.rollout),
+        None,
+        inputs.tokenizer,
+        directory.engine / "without_speculation",
+        trainer=trainer,
     )
 
 

@@ -15,11 +15,13 @@ from draft_models.eagle3 import DraftError, Eagle3
 from rollout_engine.config import RolloutConfig, SpeculationConfig
 from rollout_engine.decoder import Decoder
 from rollout_engine.hf_checkpoint import CheckpointError
+from rollout_engine.memory import TrainerNeed, count_parameters, trainer_needed
 from rollout_engine.sglang_preflight import check_folder, check_start
 from rollout_engine.torch_engine import TorchEngine
 from rollout_engine.types import RolloutEngine
 from sync.atomic import whole_folder
-from trainer.config import ConfigError
+from trainer.config import ConfigError, RunConfig
+from trainer.distributed import world_size
 from trainer.hf_files import read_config
 
 if TYPE_CHECKING:
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     from rollout_engine.sglang_engine import SGLangEngine
 
 _EAGLE3_ALONE = SpeculationConfig()
+_NOTHING_MORE = TrainerNeed()
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 
 
@@ -141,6 +144,25 @@ def check_engine(rollout: RolloutConfig) -> None:
         check_start(rollout)
 
 
+def trainer_need(policy: Path, config: RunConfig, draft: Eagle3 | None) -> TrainerNeed:
+    """What training is yet to take of the engine's GPU, which is rank 0's."""
+    num_parts = config.policy.tensor_model_parallel_size * config.policy.pipeline_model_parallel_size
+    shares = world_size() if config.policy.use_distributed_optimizer else num_parts
+    num_params = count_parameters(policy)
+    head_size = size_of(policy, "vocab_size", "its size") * size_of(policy, "hidden_size", "its size")
+    head_bytes = head_size * DTYPES[config.policy.dtype].itemsize
+    return trainer_needed(
+        policy_params=num_params,
+        adam_params=num_params // shares,
+        draft_params=sum(weight.numel() for weight in draft.parameters()) if draft is not None else 0,
+        # with a pipeline it is on the last rank
+        trains_draft=config.draft.when != "never" and config.policy.pipeline_model_parallel_size == 1,
+        itemsize=DTYPES[config.rollout.dtype].itemsize,
+        gathers=num_parts > 1,
+        capture_bytes=config.draft.capture_max_bytes + head_bytes if draft is not None else 0,
+    )
+
+
 def build_engine(
     policy: Path,
     rollout: RolloutConfig,
@@ -150,15 +172,17 @@ def build_engine(
     *,
     speculation: SpeculationConfig = _EAGLE3_ALONE,
     serves_files: bool = False,
+    trainer: TrainerNeed = _NOTHING_MORE,
 ) -> RolloutEngine:
     """An engine for `policy` (and `draft`, which it takes over); the caller closes it.
 
     A server serves nothing before the first sync, except with `serves_files`: the weights in the folders. `work_dir`
-    is for what it leaves (log, drafts); the embedded engine writes nothing. ConfigError, EngineConfigError or
+    is for what it leaves (log, drafts); the embedded engine writes nothing. `trainer` is what a run beside it is yet to
+    take of the GPU's memory, which a server leaves free. ConfigError, EngineConfigError or
     EngineError for what cannot be loaded or started.
     """
     if rollout.engine == "sglang":
-        return start_sglang(policy, rollout, draft, tokenizer, work_dir, serves_files=serves_files)
+        return start_sglang(policy, rollout, draft, tokenizer, work_dir, serves_files=serves_files, trainer=trainer)
     return _embedded_engine(policy, rollout, draft, tokenizer, speculation)
 
 
@@ -194,6 +218,7 @@ def start_sglang(
     work_dir: Path,
     *,
     serves_files: bool,
+    trainer: TrainerNeed = _NOTHING_MORE,
 ) -> SGLangEngine:
     """A server of the two models, or the one at `rollout.sglang_address`: the one way of trainer and serve."""
     from rollout_engine.sglang_engine import SGLangEngine
@@ -205,6 +230,7 @@ def start_sglang(
         eos_token_ids=eos_token_ids(policy, tokenizer),
         work_dir=work_dir,
         serves_files=serves_files,
+        trainer=trainer,
         detokenize=lambda ids: tokenizer.decode(list(ids), skip_special_tokens=False),
     )
 
