@@ -14,9 +14,11 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import count
 from queue import SimpleQueue
-from typing import Any
+from typing import Any, TypeVar
 
 from rollout_engine.types import EngineError, FinishReason, RolloutRequest, Sample, SpecStats, VersionSpan
+
+T = TypeVar("T")
 
 _STOP_AGAIN_S = 0.1  # a stop overtakes a request that is still on its way, so it is repeated
 _DROP_TIMEOUT_S = 10.0
@@ -108,11 +110,14 @@ class RequestPool:
         self._fill()
 
     async def hold(self) -> None:
-        """Let no more requests go, interrupt those that run, and return when nothing runs any more.
+        """Let no more requests go, interrupt all that the server has, and return when none of ours runs any more.
 
+        Stops what others sent, too, even where nothing of ours runs: new weights wait for all of them.
         Raises EngineError when the server cannot be reached, or does not let go of them in `hold_timeout_s`.
         """
         self._version = None
+        if not self._running:
+            await self._stop(None)
         if not await self._interrupt(self._hold_timeout_s):
             raise EngineError(
                 f"{len(self._running)} requests still run {self._hold_timeout_s:.0f} s after they were stopped: the "
@@ -129,8 +134,22 @@ class RequestPool:
                 progress.is_aborted = True
                 self._start(self._stop_until_gone(rid))
 
+    async def alone(self, work: Coroutine[Any, Any, T]) -> T:
+        """The result of `work`, which waits for all requests: those that others send meanwhile are stopped, too."""
+        task = asyncio.create_task(work)
+        try:
+            while not (await asyncio.wait({task}, timeout=_STOP_AGAIN_S))[0]:
+                with suppress(EngineError):  # `work` itself tells that the server is gone
+                    await self._stop(None)
+            return task.result()
+        finally:
+            task.cancel()
+
     async def drop(self) -> None:
-        """Forget all requests and stop what runs; returns when the server has let go of it, or does not answer."""
+        """Forget all requests and stop what runs.
+
+        Returns when the server has let go of it, or does not: whoever serves a request is cancelled then.
+        """
         self._pending.clear()
         for progress in self._running.values():
             progress.is_aborted = True

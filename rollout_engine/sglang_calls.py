@@ -3,7 +3,8 @@
 A call for each request keeps the server's front end busy for most of a millisecond a request: a batch of a hundred then
 trickles in, a prefill for every few of them, while the first ones decode already. So those that are ready in one turn
 of the event loop share a call, whose answer is a stream with an event for each response as it ends. A lone request has
-a plain call: the same answer without the stream.
+a plain call: the same answer without the stream. A call whose members nobody waits for any more is broken off, which
+the server takes for the end of the requests in it.
 """
 
 from __future__ import annotations
@@ -44,15 +45,24 @@ class GenerateCalls:
         return await answer
 
     def _send(self) -> None:
-        ready, self._ready = self._ready, []
+        ready, self._ready = [(body, answer) for body, answer in self._ready if not answer.done()], []
         for start in range(0, len(ready), self._most_together):
             self._begin(ready[start : start + self._most_together])
 
     def _begin(self, group: Sequence[tuple[dict[str, Any], asyncio.Future[Answer]]]) -> None:
         work = self._alone(*group[0]) if len(group) == 1 else self._together(group)
-        call = asyncio.create_task(_answered(work, [answer for _, answer in group]))  # noqa: RUF006  it is kept in _calls
+        answers = [answer for _, answer in group]
+        call = asyncio.create_task(_answered(work, answers))
         self._calls.add(call)
         call.add_done_callback(self._calls.discard)
+        call.add_done_callback(lambda _: work.close())  # one that was broken off before it began
+
+        def break_off(gone: asyncio.Future[Answer]) -> None:
+            if gone.cancelled() and all(answer.done() for answer in answers):
+                call.cancel()
+
+        for answer in answers:
+            answer.add_done_callback(break_off)
 
     async def _alone(self, body: dict[str, Any], answer: asyncio.Future[Answer]) -> None:
         reply = await self._client.request("POST", _PATH, body)

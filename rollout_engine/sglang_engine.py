@@ -8,12 +8,12 @@ and sglang_calls (what is said to it, and in how many calls), sglang_ends (where
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from queue import Empty
 from time import monotonic, sleep
-from typing import Any
+from typing import Any, TypeVar
 
 from rollout_engine.checks import check_requests
 from rollout_engine.config import RolloutConfig
@@ -42,6 +42,8 @@ from sync.receiver import Bundle
 from sync.remote import RemoteTransport, connect
 
 _NOTHING_MORE = TrainerNeed()
+T = TypeVar("T")
+
 _POLL_S = 0.5
 _DEATH_S = 3.0  # how long a server that broke a connection may take to be seen dead
 _FLUSH_TIMEOUT_S, _FLUSH_AGAIN_S = 30.0, 0.003
@@ -231,7 +233,7 @@ class SGLangEngine:
         """
         try:
             start_s = monotonic()
-            self._client.run(self._pool.hold())
+            self._run(self._pool.hold())
             held_s = monotonic()
             with self._weight_update() as models:
                 self._control("/update_weights_from_tensor", update_body(payload) | models)
@@ -301,27 +303,36 @@ class SGLangEngine:
             self._released.remove(tag)
 
     def _flush(self) -> None:
-        """Forget the KV of old weights and prompts. A server refuses while the last request is being put away."""
+        """Forget the KV of old weights and prompts. Nothing of ours runs.
+
+        A server refuses while the last request is being put away, or while others have one that runs: it is stopped.
+        """
         deadline_s = monotonic() + _FLUSH_TIMEOUT_S
         while not (reply := self._call("POST", "/flush_cache")).ok:
             if monotonic() > deadline_s:
                 raise EngineError(f"the SGLang server does not flush its cache: {reply.text()}")
+            self._run(self._stop(None))
             sleep(_FLUSH_AGAIN_S)
 
     def _control(self, path: str, payload: dict[str, Any]) -> None:
-        reply = self._call("POST", path, payload)
+        """While nothing of ours runs; what others send meanwhile is stopped, because a weight update waits for it."""
+        reply = self._run(self._pool.alone(self._client.request("POST", path, payload, timeout_s=_CONTROL_TIMEOUT_S)))
         if not reply.ok:
             raise EngineError(f"the SGLang server refused {path}: {error_text(reply.status, reply.text())}")
 
-    def _call(self, method: str, path: str, payload: Any = None) -> Reply:
+    def _call(self, method: str, path: str) -> Reply:
+        return self._run(self._client.request(method, path, timeout_s=_CONTROL_TIMEOUT_S))
+
+    def _run(self, work: Coroutine[Any, Any, T]) -> T:
+        """Its result. EngineError that tells why, when the server does not answer."""
         try:
-            return self._client.call(method, path, payload, timeout_s=_CONTROL_TIMEOUT_S)
-        except ServerUnreachable as error:
+            return self._client.run(work)
+        except (ServerUnreachable, _Gone) as error:
             raise EngineError(self._why_unreachable(str(error))) from error
 
     def _close_gate(self, because: str) -> None:
         self._shut_because = because  # first: whatever interrupts the wait, nothing goes on without a reason
-        self._client.run(self._pool.hold())
+        self._run(self._pool.hold())
 
     def _open_gate(self, version: int) -> None:
         self._version, self._shut_because = version, ""

@@ -50,6 +50,8 @@ class ScriptedServer:
         self.fails_update = False
         self.update_calls: list[tuple[str, str | None]] = []  # route and selector
         self.ignores_aborts = False
+        self.others_come_at: set[str] = set()  # "update", "flush": a request of somebody else begins just before it
+        self._others: list[asyncio.Task[None]] = []
         self.fails_with: tuple[int, dict[str, Any]] | None = None
         self.num_calls = 0  # of /generate
         self.num_generate = self.num_flushes = self.num_running = self.num_paused = 0
@@ -92,6 +94,12 @@ class ScriptedServer:
             assert time.monotonic() < deadline_s, f"{self.num_paused} of {num_requests} requests wait"
             time.sleep(0.01)
 
+    def wait_until_idle(self) -> None:
+        deadline_s = time.monotonic() + LIMIT_S
+        while self.num_running:
+            assert time.monotonic() < deadline_s, f"{self.num_running} requests run"
+            time.sleep(0.01)
+
     @staticmethod
     def tokens_after(prompt_ids: Sequence[int], num_tokens: int) -> tuple[int, ...]:
         """Each depends on all before it, so that going on from a wrong prefix shows."""
@@ -114,7 +122,8 @@ class ScriptedServer:
             app.router.add_post(f"/{path}", getattr(self, f"_{path}"))
         for verb in ("release", "resume"):
             app.router.add_post(f"/{verb}_memory_occupation", self._memory)
-        self._runner = web.AppRunner(app, shutdown_timeout=0.1)
+        # A request whose connection breaks is at its end, as in SGLang.
+        self._runner = web.AppRunner(app, shutdown_timeout=0.1, handler_cancellation=True)
         await self._runner.setup()
         await web.TCPSite(self._runner, "127.0.0.1", port).start()
 
@@ -149,10 +158,14 @@ class ScriptedServer:
         for one in bodies:  # SGLang sends an event with a response's first token, too
             await self._event(response, one, {"output_ids": [0], "meta_info": {"finish_reason": None}})
         answers = {asyncio.create_task(self._answer(one)): one for one in bodies}
-        while answers:
-            done, _ = await asyncio.wait(answers, return_when=asyncio.FIRST_COMPLETED)
-            for task in done:
-                await self._event(response, answers.pop(task), task.result())
+        try:
+            while answers:
+                done, _ = await asyncio.wait(answers, return_when=asyncio.FIRST_COMPLETED)
+                for task in done:
+                    await self._event(response, answers.pop(task), task.result())
+        finally:
+            for task in answers:
+                task.cancel()
         await response.write(b"data: [DONE]\n\n")
         return response
 
@@ -191,6 +204,23 @@ class ScriptedServer:
             self.num_paused -= 1
             del self._aborts[rid]
 
+    def other_comes(self) -> None:
+        """A request of somebody else begins, which runs until it is stopped."""
+        self._run(self._other_comes())
+
+    async def _other_comes(self, moment: str | None = None) -> None:
+        if moment is None or moment in self.others_come_at:
+            self.others_come_at.discard(str(moment))
+            self.num_running += 1
+            self._others.append(asyncio.create_task(self._other(f"other-{len(self._others)}")))
+            await asyncio.sleep(0)
+
+    async def _other(self, rid: str) -> None:
+        try:
+            await self._wait_for_abort(rid)
+        finally:
+            self.num_running -= 1
+
     async def _abort_request(self, request: web.Request) -> web.Response:
         body = await request.json()
         for rid, event in self._aborts.items():
@@ -201,8 +231,10 @@ class ScriptedServer:
         return web.Response()
 
     async def _flush_cache(self, request: web.Request) -> web.Response:
+        await self._other_comes("flush")
         self.num_flushes += 1
-        if self.num_flushes % 2:  # refused at first, as by a server that is still putting a request away
+        # Refused at first, as by a server that is still putting a request away.
+        if self.num_flushes % 2 or self.num_running:
             return web.Response(status=400, text="Flush cache failed.")
         if self.flushes_after_update:
             self.flushes_after_update[-1] = True
@@ -219,6 +251,9 @@ class ScriptedServer:
         self.update_calls.append((request.path, body.get("selector")))
         if self.fails_update:
             return web.Response(status=400, text="no")
+        await self._other_comes("update")
+        while self.num_running:
+            await asyncio.sleep(0.001)
         ((_, payload),) = pickle.loads(base64.b64decode(body["serialized_named_tensors"][0]))
         message = Message.decode(bytes(payload.tolist()))
         verdict_path(message).write_bytes(self._judge(message).encode())

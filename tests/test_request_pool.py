@@ -276,6 +276,56 @@ def test_a_mistake_in_the_program_reaches_who_waits(where: str) -> None:
     run(case())
 
 
+def test_a_hold_stops_what_others_sent_too() -> None:
+    async def case() -> None:
+        stopped = []
+
+        async def stop(rid: str | None) -> None:
+            stopped.append(rid)
+
+        pool = RequestPool(Server().serve, stop, 1)
+        await pool.open(0)
+        await pool.hold()
+        assert stopped == [None]
+
+    run(case())
+
+
+def test_a_hold_of_a_server_that_is_gone_says_so() -> None:
+    async def case() -> None:
+        async def stop(rid: str | None) -> None:
+            raise EngineError("gone")
+
+        with pytest.raises(EngineError, match="gone"):
+            await RequestPool(Server().serve, stop, 1).hold()
+
+    run(case())
+
+
+def test_others_are_stopped_until_work_that_waits_for_them_is_done() -> None:
+    async def case() -> None:
+        is_free = asyncio.Event()
+
+        async def stop(rid: str | None) -> None:
+            assert rid is None
+            is_free.set()
+            raise EngineError("the work itself tells of such things")
+
+        async def work() -> str:
+            await is_free.wait()
+            return "done"
+
+        async def fails() -> str:
+            raise EngineError("refused")
+
+        pool = RequestPool(Server().serve, stop, 1)
+        assert await pool.alone(work()) == "done"
+        with pytest.raises(EngineError, match="refused"):
+            await pool.alone(fails())
+
+    run(case())
+
+
 @pytest.mark.parametrize("is_reachable", [True, False])
 def test_drop_forgets_everything(is_reachable: bool) -> None:
     async def case() -> None:

@@ -79,6 +79,36 @@ def test_a_response_comes_when_it_ends_not_when_all_have(server: ScriptedServer,
     assert server.num_calls == 1
 
 
+def test_a_call_that_nobody_waits_for_is_broken_off(server: ScriptedServer, client: HttpClient) -> None:
+    server.pause_after = 1
+
+    async def go_away() -> None:
+        calls = GenerateCalls(client)
+        ready = [asyncio.ensure_future(calls(body)) for body in bodies(3)]
+        while server.num_paused < 3:
+            await asyncio.sleep(0.01)
+        ready[0].cancel()
+        await client.request("GET", "/health")
+        assert server.num_running == 3, "two still wait"
+        for task in ready:
+            task.cancel()
+
+    client.run(go_away())
+    server.wait_until_idle()
+
+
+def test_what_nobody_waits_for_any_more_is_not_sent(server: ScriptedServer, client: HttpClient) -> None:
+    async def go_away() -> Any:
+        calls = GenerateCalls(client)
+        gone, stays = (asyncio.ensure_future(calls(body)) for body in bodies(2))
+        await asyncio.sleep(0)  # both are ready, and sent next
+        gone.cancel()
+        return await stays
+
+    assert client.run(go_away())["output_ids"]
+    assert [body["rid"] for body in server.bodies] == ["r-0001"]
+
+
 def test_a_refused_call_is_told_to_all_its_members(server: ScriptedServer, client: HttpClient) -> None:
     server.fails_with = (400, {"error": {"message": "no room"}})
     answers = client.run(ask(GenerateCalls(client), bodies(3)))

@@ -158,6 +158,20 @@ def test_one_that_ends_in_the_step_of_its_interruption_has_ended(
     assert server.num_generate == 2, "not sent again"
 
 
+@pytest.mark.parametrize("moment", ["before", "update", "flush"])
+def test_a_sync_stops_what_others_have_sent(engine: SGLangEngine, server: ScriptedServer, moment: str) -> None:
+    """Weights wait for every request, and so does the flush behind them; nothing of ours runs."""
+    server.publish(engine, 0)
+    if moment == "before":
+        server.other_comes()
+    server.others_come_at = {moment}
+    server.publish(engine, 1)
+    assert server.num_running == 0 and server.flushes_after_update == [True, True]
+    assert server.running_at_update == 0, "what came before was stopped before"
+    (sample,) = engine.generate(requests(1))
+    assert sample.policy_versions == (VersionSpan(0, 4, 1),)
+
+
 def test_a_refused_sync_leaves_the_old_version_serving(engine: SGLangEngine, server: ScriptedServer) -> None:
     server.publish(engine, 3)
     server.refuses = "policy.w was changed on the way"
@@ -262,6 +276,20 @@ def test_an_abandoned_iterator_stops_what_runs(engine: SGLangEngine, server: Scr
     assert server.num_running == 0
     server.pause_after = None
     assert len(list(engine.generate(requests(2)))) == 2
+
+
+def test_an_abandoned_iterator_leaves_no_call_open(
+    engine: SGLangEngine, server: ScriptedServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a server that does not stop in time, as one that compiles: the next requests would run beside the old ones."""
+    monkeypatch.setattr("rollout_engine.request_pool._DROP_TIMEOUT_S", 0.0)
+    server.publish(engine, 0)
+    server.pause_after, server.finishes_first, server.ignores_aborts = 2, 1, True
+    samples = engine.generate(requests(4))
+    next(samples)
+    server.wait_until_paused()
+    samples.close()
+    server.wait_until_idle()
 
 
 def test_one_generate_at_a_time(engine: SGLangEngine, server: ScriptedServer) -> None:
