@@ -265,6 +265,24 @@ def test_a_resumed_run_goes_on_with_what_it_had_seen(config: Config, monkeypatch
     assert lines[-1]["draft_balance_time_s"] == pytest.approx(sum(balances))
 
 
+def test_a_draft_that_ends_as_losing_is_not_published(
+    config: Config, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One step that trains it, then, resumed, one that gives it up, and one that takes it up again."""
+    decided_by([1.0], monkeypatch)
+    folder = helpers.run(config("given_up", num_rollout=1))
+    published, aside = folder / "draft" / "model.safetensors", folder / "draft.not-published" / "model.safetensors"
+    assert published.exists() and not aside.exists() and "not published" not in capsys.readouterr().out
+    monkeypatch.setattr(draft_schedule, "decide", lambda *_: Decision(0.0, Reason.LOSING))
+    helpers.run(config("given_up", num_rollout=2, resume=True))
+    assert aside.exists() and not published.exists(), "draft/ would be the one of an older policy"
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if "not published" in line)
+    assert "cost more than it saved (draft_decision = losing)" in line and str(aside.parent) in line
+    decided_by([1.0], monkeypatch)
+    helpers.run(config("given_up", num_rollout=3, resume=True))
+    assert published.exists() and not aside.exists()
+
+
 def test_never_is_draft_training_off_and_is_timed_as_scoring(config: Config) -> None:
     off = helpers.run(config("off", num_rollout=1, draft__train=False, draft__train_when="always"))
     never = helpers.run(config("never", num_rollout=1, draft__train_when="never"))

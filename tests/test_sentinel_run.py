@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -45,13 +46,17 @@ def test_a_stale_draft_stops_speculation_and_the_run_goes_on(
     text = alarm["sentinel_alarm"]
     assert "\n" not in text and "speculation is stopped and the run goes on without it" in text
     assert text.startswith(f"sentinel, step {step}:") and "--speculation.sentinel false" in text
-    assert f"slipstream: {text}" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert (
+        f"slipstream: {text}" in out and "took the draft out of service (sentinel_alarm in the metrics): the dr" in out
+    )
     for line in lines:
         assert ("accept_length" in line) == (line["step"] <= step)
         assert line.get("speculation_stopped", 0) == (line["step"] > step)
         assert ("draft_loss" in line) == ("predicted_accept_length" in line) == (line["step"] <= step)
         assert line["policy_version"] == line["step"] and line["logp_diff_max"] < 1e-4
     assert "Speculation was stopped" in write_report(folder).read_text()
+    assert not (folder / "draft").exists() and (folder / "draft.not-published" / "model.safetensors").exists()
 
     first = config("resumed", num_rollout=step + 2)
     helpers.run(first)
@@ -64,6 +69,8 @@ def test_a_stale_draft_stops_speculation_and_the_run_goes_on(
     helpers.run(replace(first, name="mended"))
     last = helpers.metrics(helpers.run(again))[-1]
     assert last["verify_steps"] > 0 and "draft_loss" in last
+    mended = Path(again.run_dir) / "mended"
+    assert (mended / "draft").exists() and not (mended / "draft.not-published").exists(), "of the earlier life"
 
 
 def test_a_sound_run_is_left_alone(config: Config) -> None:

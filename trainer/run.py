@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -38,6 +39,7 @@ from trainer.data import DataPosition, Prompt, PromptData, load_prompts
 from trainer.distributed import init_distributed, rank, world_size
 from trainer.draft_learner import DraftLearner, DraftSettings
 from trainer.draft_pacing import DraftPacer
+from trainer.draft_schedule import Reason
 from trainer.draft_vocab import run_vocabulary
 from trainer.hf_files import HFWeights, read_config
 from trainer.interrupt import deferred_interrupts
@@ -207,14 +209,31 @@ class Run:
                 self.lock.release()
 
     def export(self) -> None:
-        """Policy and draft in Hugging Face form under the run's folder."""
+        """Policy and draft in Hugging Face form under the run's folder; a draft not to be served lies aside."""
         self.policy.save_hf(self.directory.policy)
-        if self.capture is not None:
-            from_last_rank(self._save_draft)
+        if self.capture is None:
+            return
+        why = from_rank_zero(self._why_unpublished)
+        published, aside = self.directory.draft, self.directory.unpublished_draft
+        place, other = (aside, published) if why else (published, aside)
+        from_last_rank(lambda: self._save_draft(place, other))
+        if why:
+            self.tell(f"{why}: the draft is not published, it lies in {aside}")
 
-    def _save_draft(self) -> None:
-        with whole_folder(self.directory.draft) as folder:
+    def _why_unpublished(self) -> str:
+        """What speaks against serving the draft; "" for nothing (rank 0)."""
+        if self.watch.stopped:
+            return "the sentinel took the draft out of service (sentinel_alarm in the metrics)"
+        last_step = read_metrics(self.directory.metrics_file)[-1]
+        if last_step.get("draft_decision") == Reason.LOSING:
+            return "at the end speculation with the draft cost more than it saved (draft_decision = losing)"
+        return ""
+
+    def _save_draft(self, place: Path, other: Path) -> None:
+        """`other` holds what an earlier life of the run thought of an earlier draft."""
+        with whole_folder(place) as folder:
             save_draft(self.learner.served, folder)
+        shutil.rmtree(other, ignore_errors=True)
 
 
 def check_folder(config: RunConfig) -> RunDir:

@@ -56,6 +56,11 @@ class RunDir:
     def draft(self) -> Path:
         return self.path / "draft"
 
+    @property
+    def unpublished_draft(self) -> Path:
+        """In the place of `draft` where the run found that it should not be served."""
+        return self.path / "draft.not-published"
+
 
 def check_run_dir(config: RunConfig) -> RunDir:
     """The run's folder, checked and not yet made: call it before heavy work.
