@@ -28,11 +28,11 @@ class Plan:
     warm_start_lr: float = 1e-3
     warm_start_tokens: int = 10_240
     dtype: str = "bfloat16"  # of the target, and of the draft's matrix products
-    train_prompts: int = 128  # of each training temperature
+    train_prompts: int = 192  # of each training temperature
     held_out_prompts: int = 16
     group: int = 4  # responses to a prompt
     max_response_len: int = 1024
-    record_s: float = 50.0  # then what still runs is cut off, and the cut texts are kept
+    record_s: float = 75.0  # then what still runs is cut off, and the cut texts are kept
     max_state_bytes: int = 16 << 30
     temperatures: tuple[float, ...] = (0.3, 0.6, 0.8, 1.0, 1.2)  # of the held-out texts
     train_temperatures: tuple[float, ...] = (1.0, 0.6)  # the first is that of most arms
@@ -41,7 +41,8 @@ class Plan:
     window: int = 512
     reduced_vocab: int = 1024  # tokens of a draft that proposes from a part of the vocabulary
     lr: float = 1e-3
-    curve_at: tuple[int, ...] = (8, 16, 24, 32, 48, 64, 96)  # updates after which a part of the text is scored
+    # Updates after which a part of the text is scored.
+    curve_at: tuple[int, ...] = (8, 16, 24, 32, 48, 64, 96, 192, 384, 768, 1536)
     curve_tokens: int = 8192
     depths: tuple[int, ...] = (3, 5, 7)
 
@@ -156,6 +157,7 @@ def arms_of(plan: Plan) -> tuple[Arm, ...]:
         ),
         replace(base, name="tokens x 4", axis="length", updates=4 * plan.updates),
         replace(base, name="tokens x 4, unroll 7", axis="length", updates=4 * plan.updates, unroll=7),
+        replace(base, name="tokens x 16, unroll 7", axis="length", updates=16 * plan.updates, unroll=7),
     )
 
 

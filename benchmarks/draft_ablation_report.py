@@ -276,8 +276,8 @@ def section(ablation: Ablation) -> str:
             place_table,
         ),
         _table(
-            f"Accept length at k = {ablation.depth} under rejection, on {plan.curve_tokens:,} tokens of the held-out text, "
-            "after so many updates:",
+            f"Accept length at k = {ablation.depth} under rejection, on {plan.curve_tokens:,} tokens of the held-out "
+            "text, after so many updates:",
             ablation,
             [arm for arm in arms if arm.name == BASE or arm.axis == "length"],
             growth_table,

@@ -291,6 +291,11 @@ def test_tables_come_from_the_records_paired_by_seed(tmp_path: Path):
     assert "* forward_kl, seed 0: no time: 2 s needed, 1 s left." in text
     assert "* base, seed 2: loss not finite within 8 updates." in text
     assert "* forward_kl, seed 2: the call ended before it." in text and "* unroll 1: not asked for." in text
+    ablation = Ablation.read(tmp_path)
+    head, _, row = draft_ablation_report.growth_table(ablation, arms_of(ablation.plan)[:1]).splitlines()
+    by_update = dict(zip(head.strip("| ").split(" | "), row.strip("| ").split(" | "), strict=False))
+    assert by_update.pop("4") == f"4.50 ± {half}" and by_update.pop("arm") == "base: lk"
+    assert not any(by_update.values()), "nothing was scored elsewhere"
 
 
 HARDWARE = {"gpu": None, "cpu": "a processor", "threads": 1, "torch": "2"}
