@@ -28,8 +28,23 @@ class Purpose(IntEnum):
     GUMBEL = 3  # noise shared by target and draft, one value per token id
 
 
+class ReservedStep(IntEnum):
+    """`step` of requests that belong to no step of training, whose steps begin at 0.
+
+    No text may be drawn with numbers that verify another one: a draft which learned from it, or counted its tokens,
+    would know them, and what it proposes would be no fair draw.
+    """
+
+    EVALUATION = -1  # greedy, so that the seed decides nothing
+    ANSWERS = -2  # of the target, for a draft to learn from before a run
+    VOCABULARY = -3  # of the policy, to choose the tokens of a reduced draft
+
+
 def request_seed(run_seed: int, step: int, prompt_id: int, sample_id: int) -> int:
-    """The 63-bit seed of one request; any change of any argument gives an unrelated seed."""
+    """The 63-bit seed of one request; any change of any argument gives an unrelated seed.
+
+    `step` is one of training, from 0 on, or a `ReservedStep`.
+    """
     state = 0
     for word in (run_seed, step, prompt_id, sample_id):
         state = _mix_int((state ^ (word & _MASK_64)) + _GOLDEN)

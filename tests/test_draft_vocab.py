@@ -17,8 +17,10 @@ from tests.loop_helpers import make_tiny_model, metrics, run, tiny_config
 from tests.policy_helpers import rollout
 from trainer import draft_vocab
 from trainer.config import ConfigError
+from trainer.data import DataPosition
 from trainer.draft_vocab import answers_vocabulary
 from trainer.hf_files import read_config
+from trainer.rollouts import make_requests, sampling_params
 from trainer.run import make_draft, read_inputs
 
 
@@ -55,6 +57,10 @@ def test_a_run_counts_its_first_answers_and_a_resumed_one_keeps_them(
     answers = draft_vocab.first_answers(config, inputs)
     said = Counter(token for sample in answers for token in sample.token_ids)
     assert len(answers) == 12 and len(said) > 24
+    prompts, _ = inputs.prompts.take(DataPosition(), 3)
+    first_step = make_requests(prompts, sampling_params(config.rollout), 4, config.seed, 0)
+    assert {s.request.key for s in answers} == {request.key for request in first_step}
+    assert not {s.request.sampling.seed for s in answers} & {request.sampling.seed for request in first_step}
     folder = run(config)
     found = vocabulary_of(folder, model)
     assert set(found.tolist()) >= {token for token, _ in said.most_common(20)}

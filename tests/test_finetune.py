@@ -225,6 +225,12 @@ def test_answers_go_on_behind_the_last_whole_group(
             finetune(settings)
     lines = (work / "answers.jsonl").read_text().splitlines(keepends=True)
     (work / "answers.jsonl").write_text("".join(lines[:23]) + lines[23][:9])
+    settings_file, now = work / "settings.json", (work / "settings.json").read_text()
+    before = {key: value for key, value in json.loads(now).items() if "random numbers" not in key}
+    settings_file.write_text(json.dumps(before))  # begun when answers had the numbers of a training run
+    with pytest.raises(ConfigError, match=r"random numbers of its answers.*remove .*finetune and start again"):
+        finetune(replace(settings, resume=True))
+    settings_file.write_text(now)
     asked: list[int] = []
     generate = TorchEngine.generate
     monkeypatch.setattr(TorchEngine, "generate", lambda self, r: (asked.append(len(r)), generate(self, r))[1])

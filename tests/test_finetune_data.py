@@ -9,7 +9,11 @@ from typing import Any
 import pytest
 from jinja2 import TemplateError
 
+from draft_models.randomness import ReservedStep
+from rollout_engine.config import RolloutConfig
+from trainer import finetune_answers
 from trainer.config import ConfigError, DataConfig
+from trainer.data import Prompt
 from trainer.finetune_data import (
     RowLimits,
     TextRow,
@@ -22,6 +26,7 @@ from trainer.finetune_data import (
     share_of_rank,
     split_held_out,
 )
+from trainer.rollouts import make_requests, sampling_params
 
 EOS = ord("$")
 USER = {"role": "user", "content": "u"}
@@ -212,3 +217,20 @@ def test_ranks_share_a_step_evenly() -> None:
 def test_a_written_row_reads_back() -> None:
     row = TextRow((3, 1), (4, 1, 5))
     assert parse_dumped(dump_row(row)) == row
+
+
+# ---------------------------------------------------------------- random numbers of answers
+
+
+def test_answers_have_none_of_the_numbers_of_a_run() -> None:
+    """Same prompts, row numbers and seed: a draft must not have learned what the numbers say that will verify it."""
+    rollout, rows = RolloutConfig(), [TextRow((1, 2, row)) for row in range(40)]
+    answers = finetune_answers.make_requests(rows, rollout, 4, seed=1)
+    prompts = [Prompt(row, row, "", text.prompt_ids, "") for row, text in enumerate(rows)]
+    others = {
+        request.sampling.seed
+        for step in (*range(20), ReservedStep.EVALUATION, ReservedStep.VOCABULARY)
+        for request in make_requests(prompts, sampling_params(rollout), 4, 1, step)
+    }
+    seeds = {request.sampling.seed for request in answers}
+    assert len(seeds) == 160 and len(others) == 22 * 160 and not seeds & others

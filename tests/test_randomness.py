@@ -7,7 +7,7 @@ import itertools
 import torch
 from torch import Tensor
 
-from draft_models.randomness import Purpose, gumbel, request_seed, uniforms
+from draft_models.randomness import Purpose, ReservedStep, gumbel, request_seed, uniforms
 
 ROWS, POSITIONS = 300, 300
 KNOWN_SEED = 7687194474796967293
@@ -102,3 +102,9 @@ def test_gumbel_law_and_ids() -> None:
     assert abs(correlation(noise[..., 1:], noise[..., :-1])) < 4
     ids = torch.tensor([4, 1])
     assert torch.equal(gumbel(seeds, positions, 5, ids), noise[..., ids])
+
+
+def test_reserved_steps_are_none_of_trainings_and_have_seeds_of_their_own() -> None:
+    assert all(step < 0 for step in ReservedStep)
+    words = [(step, prompt) for step in (*ReservedStep, *range(50)) for prompt in range(50)]
+    assert len({request_seed(0, step, prompt, 0) for step, prompt in words}) == len(words)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from draft_models.eagle3 import Eagle3Config, choose_draft_vocab
+from draft_models.randomness import ReservedStep
 from rollout_engine.types import Sample
 from trainer.checkpoint import read_part
 from trainer.collective import from_rank_zero
@@ -56,7 +57,8 @@ def run_vocabulary(config: RunConfig, inputs: Inputs, sizes: Eagle3Config, check
 
 
 def first_answers(config: RunConfig, inputs: Inputs) -> tuple[Sample, ...]:
-    """The answers to the first rollout's requests, decoded plainly by an engine of their own (rank 0)."""
+    """Answers to the first rollout's prompts, other ones than the rollout's, decoded plainly by an engine of their own
+    (rank 0)."""
     data, rollout = config.data, plain_rollout(config.rollout)
     print(
         f"slipstream: answering {data.rollout_batch_size} prompts once without speculation, to choose the "
@@ -64,7 +66,8 @@ def first_answers(config: RunConfig, inputs: Inputs) -> tuple[Sample, ...]:
         file=sys.stderr,
     )
     prompts, _ = inputs.prompts.take(DataPosition(), data.rollout_batch_size)
-    requests = make_requests(prompts, sampling_params(rollout), data.n_samples_per_prompt, config.seed, 0)
+    sampling, step = sampling_params(rollout), ReservedStep.VOCABULARY
+    requests = make_requests(prompts, sampling, data.n_samples_per_prompt, config.seed, step)
     with tempfile.TemporaryDirectory() as folder:
         engine = build_engine(inputs.folder, rollout, None, inputs.tokenizer, Path(folder), serves_files=True)
         try:

@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from draft_models.randomness import request_seed
+from draft_models.randomness import ReservedStep, request_seed
 from rollout_engine.config import RolloutConfig
 from rollout_engine.types import FinishReason, RolloutEngine, RolloutRequest, Sample, SamplingParams
 from sync.atomic import write_file
@@ -21,9 +21,13 @@ GROUP = 512  # requests whose answers are written at once
 
 
 def make_requests(rows: Sequence[TextRow], rollout: RolloutConfig, num_samples: int, seed: int) -> list[RolloutRequest]:
-    """`num_samples` requests a row, siblings next to each other; request n is sample n % num_samples of its row."""
+    """`num_samples` requests a row, siblings next to each other; request n is sample n % num_samples of its row.
+
+    Their seeds are none of a run's, whose rows and seed may well be the same.
+    """
+    step = ReservedStep.ANSWERS
     return [
-        RolloutRequest(row, sample, text.prompt_ids, _sampling(rollout, request_seed(seed, 0, row, sample)))
+        RolloutRequest(row, sample, text.prompt_ids, _sampling(rollout, request_seed(seed, step, row, sample)))
         for row, text in enumerate(rows)
         for sample in range(num_samples)
     ]

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from draft_models.eagle3 import DraftError, Eagle3, Eagle3Config
+from draft_models.randomness import ReservedStep
 from draft_models.spellings import Target
 from draft_models.types import VerifyRule
 from rollout_engine.types import Sample
@@ -36,7 +37,10 @@ class Inputs:
     def fingerprint(self) -> dict[str, Any]:
         """What a resumed run must find again besides its settings."""
         digest = hashlib.sha256(repr(self.texts.rows).encode()).hexdigest()
-        return {"data (its rows)": digest}
+        found: dict[str, Any] = {"data (its rows)": digest}
+        if self.texts.are_prompts:  # answers begun with numbers of a training run are not gone on with
+            found["data (random numbers of its answers)"] = ReservedStep.ANSWERS.name.lower()
+        return found
 
 
 def read_inputs(config: FinetuneConfig) -> Inputs:

@@ -10,13 +10,11 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from draft_models.randomness import request_seed
+from draft_models.randomness import ReservedStep, request_seed
 from rollout_engine.config import RolloutConfig
 from rollout_engine.types import FinishReason, RolloutEngine, RolloutRequest, Sample, SamplingParams
 from trainer.data import Prompt
 from trainer.rewards import RewardFunction
-
-EVAL_STEP = -1  # evaluation's requests are greedy, so their seed decides nothing
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +92,7 @@ def evaluate(
 ) -> dict[str, float]:
     """Greedy reward over held-out prompts, and the share of answers cut off by the length limit."""
     greedy = replace(sampling, temperature=0.0, top_p=1.0, top_k=0)
-    requests = make_requests(prompts, greedy, 1, 0, EVAL_STEP)
+    requests = make_requests(prompts, greedy, 1, 0, ReservedStep.EVALUATION)
     samples = score(generate(engine, requests, num_slots), prompts, reward).samples
     rewards = [sample.reward for sample in samples if sample.reward is not None]
     truncated = sum(sample.finish_reason is FinishReason.LENGTH for sample in samples)
