@@ -1,8 +1,9 @@
 """Files and folders that appear whole or not at all: written aside, fsynced, renamed.
 
 A full disk, or a kill at any point, leaves the names that readers look at as they were before; but replacing a
-folder takes two renames, and after a kill between them the name is gone until the next writer puts the old folder
-back. There is one writer per parent folder; what a killed writer left aside is removed by the next one.
+folder takes two renames, and after a kill between them the name is gone until its next writer puts the old folder
+back. There is one writer per name, which also removes what a killed one left aside; others may write beside it. Where
+one writer has a parent folder for itself and its names change, it calls `clear_leftovers`.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 ASIDE = ".aside-"  # readers look for other names, so they never see these
-_REPLACED = f"{ASIDE}replaced-"
+_REPLACED, _REMOVED = f"{ASIDE}replaced-", f"{ASIDE}removed-"
 
 
 def write_file(path: Path, content: str, durable: bool = True) -> None:
@@ -31,17 +32,32 @@ def write_file(path: Path, content: str, durable: bool = True) -> None:
 
 
 def begin_folder(final: Path) -> Path:
-    """An empty folder aside, to be filled and then given to `finish_folder`. Clears what earlier writers left."""
+    """An empty folder aside, to be filled and then given to `finish_folder`. Clears what earlier writers of it left."""
     final.parent.mkdir(parents=True, exist_ok=True)
-    for replaced in final.parent.glob(f"{_REPLACED}*"):
-        name = final.with_name(replaced.name.removeprefix(_REPLACED))
-        if not name.exists():
-            os.rename(replaced, name)
-    for leftover in final.parent.glob(f"{ASIDE}*"):
-        shutil.rmtree(leftover, ignore_errors=True)
+    _put_back(final.with_name(_REPLACED + final.name), final)
     aside = final.with_name(ASIDE + final.name)
+    for leftover in (aside, final.with_name(_REMOVED + final.name)):
+        shutil.rmtree(leftover, ignore_errors=True)
     aside.mkdir()
     return aside
+
+
+def clear_leftovers(parent: Path) -> None:
+    """What killed writers left of any name in a folder that nobody else writes to."""
+    for replaced in parent.glob(f"{_REPLACED}*"):
+        _put_back(replaced, parent / replaced.name.removeprefix(_REPLACED))
+    for leftover in parent.glob(f"{ASIDE}*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _put_back(replaced: Path, final: Path) -> None:
+    """End a replacement that was cut off: the old folder has its name again, unless the new one was there already."""
+    if not replaced.exists():
+        return
+    if final.exists():
+        shutil.rmtree(replaced, ignore_errors=True)
+    else:
+        os.rename(replaced, final)
 
 
 def finish_folder(aside: Path, final: Path) -> None:
@@ -65,7 +81,7 @@ def finish_folder(aside: Path, final: Path) -> None:
 
 def remove_folder(path: Path) -> None:
     """Take the name away first: deleting takes many steps, and a reader must never see a part."""
-    doomed = path.with_name(f"{ASIDE}removed-{path.name}")
+    doomed = path.with_name(_REMOVED + path.name)
     shutil.rmtree(doomed, ignore_errors=True)
     os.rename(path, doomed)
     shutil.rmtree(doomed, ignore_errors=True)

@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from sync.atomic import remove_folder, whole_folder, write_file
+from sync.atomic import clear_leftovers, remove_folder, whole_folder, write_file
 from sync.plan import SyncError, SyncPlan
 from sync.receiver import Bundle, WeightReceiver
 from sync.wire import Deliver
@@ -76,6 +76,7 @@ class DiskCarrier:
                 f"sync of version {bundle.version}: {folder} exists already (remove what an earlier run left)"
             )
         try:
+            clear_leftovers(self._directory)
             write_version(folder, self._plan, bundle)
         except (OSError, SafetensorError) as error:  # safetensors wraps the operating system's errors
             raise SyncError(f"sync of version {bundle.version}: {folder} not written: {error}") from error

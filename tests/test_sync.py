@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sync import atomic, disk
+from sync import disk
 from sync.buckets import bucket_sizes_bytes, bucket_views, pack
 from sync.checksum import ROW_BYTES, ROW_WORDS, checksum, checksums
 from sync.plan import SyncError, make_plan
@@ -445,44 +445,3 @@ def test_a_full_disk_keeps_the_old_version(tmp_path: Path, monkeypatch: pytest.M
         publish(policy_weights(6), draft_weights(6), on_disk(receiver, tmp_path), version=6)
     assert list(tmp_path.iterdir()) == []
     assert same_bits(receiver.destinations, weights_at(5)) and not receiver.dirty
-
-
-def _replace_and_die(folder: Path, call: int) -> None:
-    die_at(call)
-    with atomic.whole_folder(folder) as aside:
-        (aside / "a").write_text("new")
-        (aside / "b").write_text("new")
-
-
-def test_a_folder_is_replaced_whole_whenever_the_writer_dies(tmp_path: Path) -> None:
-    folder = tmp_path / "folder"
-    seen, deaths = set(), 0
-    while True:
-        with atomic.whole_folder(folder) as aside:
-            (aside / "a").write_text("old")
-            (aside / "b").write_text("old")
-        if exit_code(_replace_and_die, folder, deaths) != KILLED:
-            break
-        deaths += 1
-        with atomic.whole_folder(tmp_path / "other"):
-            pass  # the next writer of any folder beside it
-        seen.add(((folder / "a").read_text(), (folder / "b").read_text()))
-    assert seen == {("old", "old"), ("new", "new")} and deaths > 5
-    assert (folder / "a").read_text() == "new" and not list(tmp_path.glob(".aside-*"))
-
-
-def test_a_folder_that_cannot_be_renamed_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = tmp_path / "folder"
-    with atomic.whole_folder(folder) as aside:
-        (aside / "a").write_text("old")
-    rename = os.rename
-
-    def refuse_new(source: Path, target: Path) -> None:
-        if source.name == ".aside-folder":
-            raise OSError(errno.EIO, os.strerror(errno.EIO))
-        rename(source, target)
-
-    monkeypatch.setattr(os, "rename", refuse_new)
-    with pytest.raises(OSError, match="error"), atomic.whole_folder(folder) as aside:
-        (aside / "a").write_text("new")
-    assert (folder / "a").read_text() == "old" and list(tmp_path.iterdir()) == [folder]

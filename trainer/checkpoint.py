@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from sync.atomic import ASIDE, begin_folder, finish_folder, remove_folder, write_file
+from sync.atomic import ASIDE, begin_folder, clear_leftovers, finish_folder, remove_folder, write_file
 from trainer.distributed import first_message, rank, world_size
 
 MANIFEST = "manifest.json"
@@ -104,6 +104,7 @@ def save_checkpoint(
 
     def begin() -> None:
         if rank() == 0:
+            clear_leftovers(directory)
             begin_folder(final)
             for part in parts:
                 (aside / part.name).mkdir()
