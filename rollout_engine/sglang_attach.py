@@ -10,6 +10,7 @@ from rollout_engine.config import RolloutConfig
 from rollout_engine.sglang_checks import PREFERRED, THRESHOLDS, below_one
 from sync.wire import LOADER
 
+_KV_DTYPE = "kv_cache_dtype"
 _SILENT_CAP = 48  # requests that SGLang runs at once under speculation when it is not told how many
 
 
@@ -22,6 +23,9 @@ def attach_faults(info: Mapping[str, Any], config: RolloutConfig, policy: Path, 
         for name, value in _wanted(info, config).items()
         if info.get(name) != value
     ]
+    kv_dtype, wanted = info.get(_KV_DTYPE), config.sglang.get(_KV_DTYPE)
+    if _kv_dtype(kv_dtype, config) != _kv_dtype(wanted, config):
+        faults.append(f"it runs with {_KV_DTYPE} = {kv_dtype!r}, the run asks for {wanted or 'auto'!r}")
     faults += _size_faults(info, config, context_length)
     if config.speculative_algorithm != "NONE" and not config.allow_lossy:
         faults += [
@@ -50,6 +54,8 @@ def _wanted(info: Mapping[str, Any], config: RolloutConfig) -> dict[str, Any]:
     }
     # The loader sees whole tensors only. A server that does not name these has one of each.
     wanted |= {name: 1 for name in ("tp_size", "dp_size", "pp_size", "nnodes") if name in info}
+    if "incremental_streaming_output" in info:
+        wanted["incremental_streaming_output"] = False  # answers would come in pieces
     if algorithm != "NONE":
         wanted["speculative_num_draft_tokens"] = depth + 1
     if algorithm == "EAGLE3":
@@ -59,6 +65,11 @@ def _wanted(info: Mapping[str, Any], config: RolloutConfig) -> dict[str, Any]:
     if config.offload:
         wanted["enable_memory_saver"] = True
     return wanted
+
+
+def _kv_dtype(name: str | None, config: RolloutConfig) -> str:
+    """What KV is kept in. A narrower one than the model's changes what it says, hence the law of the samples."""
+    return {None: config.dtype, "auto": config.dtype, "bf16": "bfloat16"}.get(name, str(name))
 
 
 def _size_faults(info: Mapping[str, Any], config: RolloutConfig, context_length: int) -> Iterator[str]:

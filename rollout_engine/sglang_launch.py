@@ -27,6 +27,7 @@ _log = logging.getLogger(__name__)
 _PROJECT = Path(__file__).resolve().parent.parent
 _GRPC_ABOVE = 10000  # SGLang 0.5.15 takes the port so far above for gRPC and refuses to start without one
 _PORT_TRIES = 3
+_ALL_HOSTS = "0.0.0.0"
 _HEALTH_TIMEOUT_S = 30.0
 _LOG_LINES = 2000  # among which the cause of an end is looked for: libraries say much as they go
 _ITEMSIZE = {"float32": 4, "bfloat16": 2}
@@ -62,7 +63,7 @@ def start(
     ready = check_start(config)
     check_files(config, policy, draft)
     given_port = ready.flags.get("port")
-    if given_port and port_is_taken(given_port):
+    if given_port and port_is_taken(given_port, ready.host):
         raise EngineConfigError(f"rollout.sglang.port = {given_port} is taken: name another, or leave it out")
     share = _memory_share(config, policy, draft, ready, context_length, trainer)
     settings = server_settings(
@@ -80,28 +81,29 @@ def start(
         return _start_at(given_port, settings, ready, config.sglang_start_timeout_s, work_dir)
     for _ in range(_PORT_TRIES - 1):
         try:
-            return _start_at(_port(), settings, ready, config.sglang_start_timeout_s, work_dir)
+            return _start_at(_port(ready.host), settings, ready, config.sglang_start_timeout_s, work_dir)
         except _PortTaken as error:
             _log.warning("the SGLang server is started again at another port: %s", error)
-    return _start_at(_port(), settings, ready, config.sglang_start_timeout_s, work_dir)
+    return _start_at(_port(ready.host), settings, ready, config.sglang_start_timeout_s, work_dir)
 
 
 class _PortTaken(EngineConfigError):
     """Another process took it between our look and the server's."""
 
 
-def _port() -> int:
-    return free_port(neighbour=_GRPC_ABOVE)
+def _port(host: str) -> int:
+    return free_port(host, neighbour=_GRPC_ABOVE)
 
 
 def _start_at(port: int, settings: Mapping[str, Any], ready: Ready, timeout_s: float, work_dir: Path) -> Server:
     """One try; raises as `start` does."""
-    command_flags = command_line({**settings, "port": port}, ready.spellings)
+    command_flags = command_line({**settings, "host": ready.host, "port": port}, ready.spellings)
     command = [ready.installation.python, "-m", "sglang.launch_server", *command_flags]
     log = work_dir / "engine.log"
     log.unlink(missing_ok=True)
     process = ServerProcess(command, log, _environment(ready.device, work_dir), work_dir)
-    client = HttpClient(f"http://127.0.0.1:{port}")
+    reached_at = "127.0.0.1" if ready.host == _ALL_HOSTS else ready.host
+    client = HttpClient(f"http://{reached_at}:{port}")
     try:
         _wait_until_healthy(process, client, timeout_s, log)
     except BaseException:

@@ -14,10 +14,14 @@ import torch
 
 from rollout_engine.config import RolloutConfig
 from rollout_engine.hf_checkpoint import CheckpointError, CheckpointReader
+from rollout_engine.server_process import port_is_taken
 from rollout_engine.sglang_checks import check_draft_vocabulary, check_sglang
 from rollout_engine.sglang_flags import check_draft_fits
 from rollout_engine.sglang_install import Installation, canonical, check_types, find_sglang, flag_types, known_flags
 from rollout_engine.types import EngineConfigError
+
+_THIS_MACHINE = "127.0.0.1"
+_ANY_PORT = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,13 +32,14 @@ class Ready:
     device: str  # "cpu", "cuda" or "cuda:N"
     flags: Mapping[str, Any]  # [rollout.sglang] by field of this SGLang
     spellings: Mapping[str, str]  # how the user wrote them, by field
+    host: str = _THIS_MACHINE  # that the server listens on: its name or IPv4 address, 0.0.0.0 for all
 
 
 def check_start(config: RolloutConfig) -> Ready:
     """Everything about the start of a server that this machine can tell now, the models' files left out.
 
     Raises EngineConfigError for an SGLang that is missing or unknown, flags that it does not have, values that it does
-    not take, and a device that is not there or cannot do what is asked.
+    not take, a host that is not this machine, and a device that is not there or cannot do what is asked.
     """
     installation = find_sglang(config.sglang_python)
     known = known_flags(installation.folder)
@@ -44,7 +49,7 @@ def check_start(config: RolloutConfig) -> Ready:
     device = _device(config)
     _check_environment(config, installation, device)
     spellings = {known[key.replace("-", "_")]: key.replace("-", "_") for key in config.sglang}
-    return Ready(installation, device, flags, spellings)
+    return Ready(installation, device, flags, spellings, _host(flags))
 
 
 def check_policy(config: RolloutConfig, policy: Path) -> dict[str, Any]:
@@ -109,6 +114,18 @@ def read_json(path: Path) -> dict[str, Any]:
     return found
 
 
+def _host(flags: Mapping[str, Any]) -> str:
+    host = str(flags.get("host") or _THIS_MACHINE)
+    try:
+        port_is_taken(_ANY_PORT, host)
+    except (OSError, UnicodeError) as error:
+        raise EngineConfigError(
+            f"rollout.sglang.host = {host!r} cannot be listened on ({error}): give a name or an IPv4 address of this "
+            "machine, 0.0.0.0 for all of them, or leave it out for this machine alone"
+        ) from error
+    return host
+
+
 def _device(config: RolloutConfig) -> str:
     """ "cpu", "cuda" or "cuda:N"; "auto" takes CUDA when there is one."""
     if config.device == "auto":
@@ -121,8 +138,11 @@ def _device(config: RolloutConfig) -> str:
 
 
 def _check_environment(config: RolloutConfig, installation: Installation, device: str) -> None:
+    on_cpu = "on a CPU"
+    if config.device == "auto":
+        on_cpu += " (rollout.device = 'auto' found no GPU that torch can use; slipstream doctor shows what is there)"
     if config.offload and device == "cpu":
-        raise EngineConfigError("rollout.offload = true gives GPU memory back: leave it out on a CPU")
+        raise EngineConfigError(f"rollout.offload = true gives GPU memory back: leave it out {on_cpu}")
     if config.offload and not installation.has_memory_saver:
         raise EngineConfigError(
             f"rollout.offload = true needs torch_memory_saver beside SGLang: {installation.python} -m pip install "
@@ -132,7 +152,7 @@ def _check_environment(config: RolloutConfig, installation: Installation, device
     if speculates and device == "cpu" and config.temperature > 0 and not config.allow_lossy:
         raise EngineConfigError(
             f"rollout.temperature = {config.temperature} with rollout.speculative_algorithm = "
-            f"{config.speculative_algorithm!r} on a CPU: SGLang verifies greedily there; set temperature 0, "
+            f"{config.speculative_algorithm!r} {on_cpu}: SGLang verifies greedily there; set temperature 0, "
             "speculative_algorithm 'NONE', or allow_lossy = true"
         )
     simulated = sorted(name for name in os.environ if name.startswith("SGLANG_SIMULATE_ACC"))

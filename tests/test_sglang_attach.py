@@ -67,6 +67,9 @@ def test_all_differences_are_named_at_once() -> None:
         ({"max_running_requests": 16}, "max_running_requests = 16 at once, the run asks for 32"),
         ({"tp_size": 2}, "tp_size = 2, the run asks for 1"),
         ({"quantization": "fp8"}, "quantization = 'fp8'"),
+        ({"incremental_streaming_output": True}, "incremental_streaming_output = True, the run asks for False"),
+        ({"kv_cache_dtype": "fp8_e4m3"}, "kv_cache_dtype = 'fp8_e4m3', the run asks for 'auto'"),
+        ({"kv_cache_dtype": "bf16"}, "kv_cache_dtype = 'bf16', the run asks for 'auto'"),  # its models are float32
         ({"preferred_sampling_params": {"min_p": 0.1}}, "changes every request by preferred_sampling_params"),
     ],
 )
@@ -79,6 +82,16 @@ def test_lossy_ones_can_be_allowed_and_plain_ones_have_no_thresholds() -> None:
     assert faults(SPECULATING | lossy, replace(EAGLE3, allow_lossy=True)) == ""
     assert faults(INFO | lossy, PLAIN) == ""
     assert "preferred" in faults(INFO | {"preferred_sampling_params": '{"min_p": 0.1}'}, PLAIN)
+
+
+def test_kv_of_the_models_own_kind_has_several_names() -> None:
+    in_bfloat16 = replace(PLAIN, dtype="bfloat16")
+    for name in ("auto", None, "bf16", "bfloat16"):
+        assert faults(INFO | {"dtype": "bfloat16", "kv_cache_dtype": name}, in_bfloat16) == ""
+    narrow = replace(PLAIN, sglang={"kv_cache_dtype": "fp8_e5m2"})
+    assert faults(INFO | {"kv_cache_dtype": "fp8_e5m2"}, narrow) == ""
+    assert "kv_cache_dtype = 'auto', the run asks for 'fp8_e5m2'" in faults(INFO | {"kv_cache_dtype": "auto"}, narrow)
+    assert faults(INFO | {"incremental_streaming_output": False}, PLAIN) == ""
 
 
 def test_one_that_caps_its_requests_in_silence() -> None:

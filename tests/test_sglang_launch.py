@@ -35,7 +35,7 @@ with starts.open("a") as file:
     file.write(port + " ")
 if len(starts.read_text().split()) <= int(os.environ["TAKES"]):
     sys.exit("ERROR: [Errno 98] error while attempting to bind on address: address already in use")
-HTTPServer(("127.0.0.1", int(port)), Healthy).serve_forever()
+HTTPServer((sys.argv[sys.argv.index("--host") + 1], int(port)), Healthy).serve_forever()
 """
 
 
@@ -46,7 +46,9 @@ def policy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (package / "srt").mkdir(parents=True)
     (package / "__init__.py").touch()
     (package / "_version.py").write_text("__version__ = version = '0.5.20'\n")
-    (package / "srt" / "server_args.py").write_text('class ServerArgs:\n    port: A[int, "of HTTP"] = 30000\n')
+    (package / "srt" / "server_args.py").write_text(
+        'class ServerArgs:\n    host: A[str, "of HTTP"] = "127.0.0.1"\n    port: A[int, "of HTTP"] = 30000\n'
+    )
     (package / "launch_server.py").write_text(LAUNCH_SERVER)
     monkeypatch.setenv("PYTHONPATH", str(package.parent))
     monkeypatch.setenv("STARTS", str(tmp_path / "starts"))
@@ -91,6 +93,33 @@ def test_a_port_that_the_user_gave_is_tried_once(policy: Path, monkeypatch: pyte
     with pytest.raises(EngineConfigError, match="its port is taken"):
         start(replace(PLAIN, sglang={"port": port}), policy)
     assert ports_tried(policy) == [str(port)]
+
+
+@pytest.mark.parametrize(("host", "reached_at"), [("127.0.0.2", "127.0.0.2"), ("0.0.0.0", "127.0.0.1")])
+def test_a_server_is_reached_at_the_host_that_the_user_gave(
+    policy: Path, monkeypatch: pytest.MonkeyPatch, host: str, reached_at: str
+) -> None:
+    try:
+        socket.create_server((host, 0)).close()
+    except OSError:
+        pytest.skip(f"this system does not listen on {host}")
+    monkeypatch.setenv("TAKES", "0")
+    server = start(replace(PLAIN, sglang={"host": host}), policy)
+    try:
+        assert server.client.address.startswith(f"http://{reached_at}:")
+    finally:
+        server.client.close()
+        assert server.process is not None
+        server.process.close()
+
+
+def test_a_port_that_is_taken_at_the_host_that_the_user_gave_is_said(policy: Path) -> None:
+    try:
+        listener = socket.create_server(("127.0.0.2", 0))
+    except OSError:
+        pytest.skip("this system does not listen on 127.0.0.2")
+    with listener, pytest.raises(EngineConfigError, match="is taken: name another"):
+        start(replace(PLAIN, sglang={"host": "127.0.0.2", "port": listener.getsockname()[1]}), policy)
 
 
 @pytest.mark.skipif(not server_process._EPHEMERAL_PORTS.exists(), reason="needs Linux")

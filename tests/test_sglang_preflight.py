@@ -23,6 +23,7 @@ PLAIN = RolloutConfig(engine="sglang", speculative_algorithm="NONE", device="cpu
 NGRAM = replace(PLAIN, speculative_algorithm="NGRAM", speculative_num_steps=1)
 FIELDS = """
 class ServerArgs:
+    host: A[str, "of HTTP"] = "127.0.0.1"
     port: A[int, "of HTTP"] = 30000
     nccl_port: A[Optional[int], "of NCCL"] = None
     max_total_tokens: A[Optional[int], Arg(help="such as 16k", type_parser=human_readable_int)] = None
@@ -71,9 +72,13 @@ def with_flags(flags: dict[str, Any]) -> RolloutConfig:
         (with_flags({"tp": 2}), "tp_?s?i?z?e? = 2: an engine over several GPUs"),
         (with_flags({"prot": 1}), "no such flag, did you mean port"),
         (replace(PLAIN, device="cuda"), "rollout.device = 'cuda': this machine has 0 GPUs"),
-        (replace(PLAIN, offload=True), "rollout.offload = true gives GPU memory back: leave it out on a CPU"),
+        (replace(PLAIN, offload=True), "rollout.offload = true gives GPU memory back: leave it out on a CPU$"),
         (replace(PLAIN, speculative_algorithm="EAGLE3"), r"temperature = 1\.0 .*'EAGLE3' on a CPU.*verifies greedily"),
-        (replace(NGRAM, device="auto"), r"temperature = 1\.0 .*'NGRAM' on a CPU"),
+        (replace(NGRAM, device="auto"), r"temperature = 1\.0 .*'NGRAM' on a CPU \(.*found no GPU"),
+        (replace(PLAIN, offload=True, device="auto"), "leave it out on a CPU .*device = 'auto' found no GPU"),
+        (with_flags({"host": "192.0.2.1"}), r"sglang\.host = '192\.0\.2\.1' cannot be listened on"),
+        (with_flags({"host": "::1"}), r"sglang\.host = '::1' cannot be listened on .*an IPv4 address of this machine"),
+        (with_flags({"host": "no such..name"}), r"sglang\.host = 'no such\.\.name' cannot be listened on"),
     ],
 )
 def test_what_no_server_could_do_is_refused(config: RolloutConfig, message: str) -> None:
@@ -91,7 +96,8 @@ def test_what_a_server_can_do_is_let_through() -> None:
         "tensor_parallel_size": 1,
     }
     ready = check_start(with_flags(flags))
-    assert ready.device == "cpu" and ready.installation.version == "0.5.20"
+    assert ready.device == "cpu" and ready.installation.version == "0.5.20" and ready.host == "127.0.0.1"
+    assert check_start(with_flags({"host": "0.0.0.0"})).host == "0.0.0.0"
     assert ready.flags["tp_size"] == 1 and ready.spellings["tp_size"] == "tensor_parallel_size"
     assert check_start(replace(PLAIN, speculative_algorithm="EAGLE3", temperature=0.0)).device == "cpu"
     assert check_start(replace(PLAIN, speculative_algorithm="EAGLE3", allow_lossy=True)).device == "cpu"
