@@ -21,7 +21,6 @@ import torch.distributed as dist
 from draft_models.checkpoint import load_draft, save_draft
 from draft_models.config import DraftConfig
 from draft_models.eagle3 import Eagle3, Eagle3Config
-from draft_models.forecast import AcceptForecast
 from draft_models.spellings import Spelling, spelling_of
 from rollout_engine.config import RolloutConfig
 from rollout_engine.decoder import Decoder
@@ -39,7 +38,7 @@ from trainer.finetune_answers import as_samples, make_requests, read_answers
 from trainer.finetune_config import FinetuneConfig, warnings_of
 from trainer.finetune_inputs import draft_settings, new_draft, read_inputs
 from trainer.finetune_progress import LENGTH
-from trainer.finetune_score import HeldOut, ReadCost, why_worthless
+from trainer.finetune_score import HeldOut
 from trainer.finetune_steps import lr_factor
 
 Config = Callable[..., FinetuneConfig]
@@ -459,23 +458,6 @@ def test_bad_input_is_one_line_and_status_2_or_1(
 
 
 # ---------------------------------------------------------------- pure parts
-
-
-def forecast(*accepted: float, steps: float = 10.0) -> AcceptForecast:
-    depth = len(accepted)
-    return AcceptForecast((steps, *(0.0,) * depth), (steps,) * depth, accepted)
-
-
-def test_a_draft_is_worth_serving_when_it_wins_more_than_its_weights_cost() -> None:
-    bad, good = forecast(1.0, 0.0, 0.0), forecast(8.0, 6.0, 4.0)
-    assert why_worthless(good, bad, ReadCost(1, 10), "x") is None
-    assert "accept length on held-out text is 1.100, that of x 2.800" in str(
-        why_worthless(bad, good, ReadCost(1, 10), "x")
-    )
-    assert why_worthless(good, good, ReadCost(1, 10), "x") is not None
-    assert "cannot pay" in str(why_worthless(good, bad, ReadCost(9, 10), "x"))
-    assert ReadCost(1, 10).best_speedup(good) == pytest.approx(2.8 / 1.3)
-    assert ReadCost(5, 10).best_speedup(good) == pytest.approx(1.8 / 1.5)  # one draft token is best there
 
 
 def test_the_learning_rate_warms_up_and_decays(config: Config) -> None:

@@ -22,6 +22,7 @@ import torch
 from draft_models.eagle3 import Eagle3
 from draft_models.spellings import Spelling, Target
 from rollout_engine.decoder import Decoder
+from rollout_engine.speculation import CostTable, load_cost_table
 from rollout_engine.types import Sample
 from sync.atomic import whole_folder
 from trainer.collective import from_rank_zero
@@ -32,7 +33,7 @@ from trainer.finetune_config import FinetuneConfig
 from trainer.finetune_data import MIN_RESPONSE, check_answers, split_held_out
 from trainer.finetune_inputs import Inputs, new_draft, read_inputs, read_target
 from trainer.finetune_progress import FinetuneProgress
-from trainer.finetune_score import ReadCost, why_worthless
+from trainer.finetune_score import Measured, ReadCost, why_worthless
 from trainer.finetune_steps import Tuning, judged_line
 from trainer.finetune_work import WorkDir, refuse_taken, taken
 from trainer.metrics import MetricsWriter, read_metrics
@@ -55,7 +56,7 @@ def finetune(config: FinetuneConfig) -> int:
     if not config.data:
         return _convert(config, out)
     device = _start(config)
-    inputs = read_inputs(config)
+    inputs, table = read_inputs(config), _measured_costs(config)
     with taken(config, inputs.fingerprint) as work, _progress(config) as progress:
         samples = _samples(config, inputs, work, progress)
         decoder = Decoder.from_hf(config.target, DTYPES[config.run.rollout.dtype], device)
@@ -63,9 +64,17 @@ def finetune(config: FinetuneConfig) -> int:
         draft = inputs.source or new_draft(config, inputs, train)
         tuning = Tuning(config, draft.to(device), decoder, train, held_out)
         _run(tuning, work, progress)
-        cost = ReadCost.of(draft, decoder)
-        _publish(tuning, inputs.target, cost, work, progress)
+        why = _why_worthless(tuning, ReadCost.of(draft, decoder), table)
+        _publish(tuning, inputs.target, why, work, progress)
+        if progress is not None:
+            progress.print(_what_it_wins(tuning, table))
     return 0
+
+
+def _measured_costs(config: FinetuneConfig) -> CostTable | None:
+    """EngineConfigError for a file that is none, or was measured for fewer drafts than the engine will make."""
+    rollout = config.run.rollout
+    return load_cost_table(Path(rollout.cost_table), rollout.speculative_num_steps) if rollout.cost_table else None
 
 
 def _start(config: FinetuneConfig) -> torch.device:
@@ -159,11 +168,25 @@ def _run(tuning: Tuning, work: WorkDir, progress: FinetuneProgress | None) -> No
 # ---------------------------------------------------------------- the result
 
 
-def _publish(tuning: Tuning, target: Target, cost: ReadCost, work: WorkDir, progress: FinetuneProgress | None) -> None:
-    """The best draft becomes `out`; a worthless one is put aside, and every rank raises FinetuneError."""
+def _why_worthless(tuning: Tuning, cost: ReadCost, table: CostTable | None) -> str | None:
+    source = tuning.config.source
+    started_from = f"the draft in {source}" if source else "an untrained draft"
+    return why_worthless(tuning.best.forecast, tuning.before, cost, table, started_from)
+
+
+def _what_it_wins(tuning: Tuning, table: CostTable | None) -> str:
+    """Of a draft that was published."""
+    if table is None:
+        return (
+            "not shown to pay: no measured costs were given (--rollout.cost-table FILE), only what its weights take to "
+            "read was reckoned"
+        )
+    return f"by the measured costs up to {Measured.best(table, tuning.best.forecast)}"
+
+
+def _publish(tuning: Tuning, target: Target, why: str | None, work: WorkDir, progress: FinetuneProgress | None) -> None:
+    """The best draft becomes `out`; a worthless one, for `why`, is put aside, and every rank raises FinetuneError."""
     config = tuning.config
-    started_from = f"the draft in {config.source}" if config.source else "an untrained draft"
-    why = why_worthless(tuning.best.forecast, tuning.before, cost, started_from)
     folder = Path(config.out if why is None else f"{config.out}.not-published")
     spelling = Spelling(config.export)
     draft = tuning.best_draft()

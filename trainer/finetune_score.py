@@ -13,6 +13,7 @@ from draft_models.forecast import AcceptForecast, forecast_acceptance
 from draft_models.training import accept_posteriors, make_batch
 from rollout_engine.capture import capture_samples
 from rollout_engine.decoder import Decoder
+from rollout_engine.speculation import CostTable
 from rollout_engine.types import Sample
 from trainer.draft_forecast import DraftSettings, all_reduce
 from trainer.finetune_data import pack_in_order
@@ -94,21 +95,58 @@ class ReadCost:
 
         An upper bound of what speculation can win: a verification is counted as dear as a plain step.
         """
-        steps, tokens, best = forecast.num_verify_steps, 1.0, 0.0
-        for depth, accepted in enumerate(forecast.accepted_by_position, start=1):
-            tokens += accepted / steps
-            best = max(best, tokens / (1.0 + depth * self.draft / self.target))
-        return best
+        depths = range(1, 1 + len(forecast.accepted_by_position))
+        return max(tokens_at(forecast, depth) / (1.0 + depth * self.draft / self.target) for depth in depths)
 
 
-def why_worthless(after: AcceptForecast, before: AcceptForecast, cost: ReadCost, started_from: str) -> str | None:
-    """Why a fine-tuned draft should not be served, in words; None when it should. A pure function.
+def tokens_at(forecast: AcceptForecast, depth: int) -> float:
+    """A verification's, of chains cut to `depth` drafts."""
+    return 1.0 + sum(forecast.accepted_by_position[:depth]) / forecast.num_verify_steps
 
-    `started_from` names the draft whose forecast is `before`.
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What speculation wins by measured step costs, where it wins most."""
+
+    speedup: float  # over plain decoding
+    batch: int
+    depth: int
+
+    @classmethod
+    def best(cls, table: CostTable, forecast: AcceptForecast) -> Measured:
+        """Over the batches that were measured, and all depths."""
+        return max(
+            (
+                cls(tokens_at(forecast, depth) * step_s[0] / step_s[depth], batch, depth)
+                for batch, step_s in zip(table.batches, table.step_s, strict=True)
+                for depth in range(1, 1 + min(len(forecast.accepted_by_position), table.max_depth))
+            ),
+            key=lambda found: found.speedup,
+        )
+
+    def __str__(self) -> str:
+        return f"{self.speedup:.2f} times as fast as plain decoding (batch {self.batch}, {self.depth} drafts a step)"
+
+
+def why_worthless(
+    after: AcceptForecast, before: AcceptForecast, cost: ReadCost, table: CostTable | None, started_from: str
+) -> str | None:
+    """Why a fine-tuned draft should not be served, in words; None when nothing speaks against it. A pure function.
+
+    `started_from` names the draft whose forecast is `before`. With measured costs, `table`, these decide whether
+    speculation pays; without, all that can be told is where it cannot.
     """
     reached, was = after.accept_length, before.accept_length
     if reached < was + LEAST_GAIN:
         return f"its accept length on held-out text is {reached:.3f}, that of {started_from} {was:.3f}"
+    if table is not None:
+        measured = Measured.best(table, after)
+        if measured.speedup <= 1.0:
+            return (
+                f"speculation with it does not pay: at accept length {reached:.3f} it is, by rollout.cost_table, at "
+                f"best {measured}"
+            )
+        return None
     bound = cost.best_speedup(after)
     if bound <= 1.0:
         return (
