@@ -60,6 +60,7 @@ class HistoryIndex:
             _Chain(first, levels[first : first + _LEVELS_OF_A_CHAIN])
             for first in reversed(range(0, len(levels), _LEVELS_OF_A_CHAIN))
         )
+        self._longest_match = levels[-1]
         self._texts: list[array[int]] = []
         self._token_bytes = indexed_token_bytes(min_match, max_match)
         self.num_bytes = 0  # about what it takes, and seldom more than it does
@@ -94,13 +95,19 @@ class HistoryIndex:
                 latest[key] = place + position
         self.num_bytes += (end - first) * self._token_bytes
 
-    def look_up(self, number: int, num_tokens: int) -> Match | None:
+    def length(self, number: int) -> int:
+        """Tokens of a text that were taken in."""
+        return len(self._texts[number])
+
+    def look_up(self, number: int, num_tokens: int, grown: Sequence[int] | None = None) -> Match | None:
         """Up to `num_tokens` that may follow text `number` now; None when its end was never seen before.
 
-        `extend` comes first. Of the places that agree longest, the follower that most of them have wins, the latest of
-        equals.
+        `extend` comes first; where it did not, `grown` is the whole of the text. Of the places that agree longest, the
+        follower that most of them have wins, the latest of equals.
         """
         text = self._texts[number]
+        if grown is not None and len(grown) > len(text):
+            text = array("i", grown[-self._longest_match :])
         end = len(text)
         for chain in self._chains:
             if chain.length > end:

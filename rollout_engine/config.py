@@ -60,7 +60,7 @@ class SpeculationConfig:
     history_min_match: int = 2  # last tokens that must agree with the older text
     history_max_match: int = 16  # more than these make no difference
     history_min_confidence: float = 0.3  # measured share of first tokens that stand, below which nothing is proposed
-    history_max_bytes: int = 1 << 29  # of host memory: half for finished texts (4 bytes a token), half for the indices
+    history_max_bytes: int = 1 << 29  # of host memory: half for finished texts (4 bytes a token), half for indices
     sentinel: bool = True  # training with EAGLE3
     sentinel_alpha: float = 1e-3  # chance that a whole run of a sound engine sees a false alarm, at most
     sentinel_min_effect: float = 0.02  # acceptance that rounding may add or take anywhere; less raises nothing

@@ -21,7 +21,9 @@ class HistoryDrafter:
     """An index for every prompt that has requests running, over its earlier responses and all its siblings.
 
     An index is made with the first of a prompt's requests and dropped with the last. Finished texts take half of
-    `history_max_bytes`; of the other half indices of earlier texts get what those being written leave.
+    `history_max_bytes`, the indices the other half: earlier texts get a part of what is left, and what is written is
+    taken in while there is room. After that a row still finds what its index has; nothing new is found there until
+    other prompts are done. So the half holds but for each running text's first entry, about 500 bytes and its prompt.
 
     What a row finds depends on how far its siblings are, hence on scheduling: under TARGET_ONLY and REJECTION so do
     the tokens, though not their law; under GREEDY and COUPLED nothing does.
@@ -45,6 +47,7 @@ class HistoryDrafter:
         self._expected: Counter[tuple[int, ...]] = Counter()
         self._indices: dict[tuple[int, ...], HistoryIndex] = {}
         self._running: dict[tuple[int, int], tuple[HistoryIndex, int]] = {}  # by request: index, number of its text
+        self._free_bytes = self._max_bytes  # of the indices' half; below 0 when there are very many running texts
 
     def expect(self, prompts: Iterable[tuple[int, ...]]) -> None:
         """One prompt for every request to come."""
@@ -72,11 +75,11 @@ class HistoryDrafter:
         """What may follow each row, at most `num_tokens`; None where nothing matches or no draft would be kept."""
         running = [self._running.get(row.request.key) or self._admit(row) for row in rows]
         for row, (index, number) in zip(rows, running, strict=True):
-            index.extend(number, row.tokens)
+            self._take_in(index, number, row.tokens)
         found: list[Match | None] = []
         for row, (index, number) in zip(rows, running, strict=True):
             most = min(num_tokens, row.limit - len(row.tokens) - 1)
-            found.append(index.look_up(number, most) if most > 0 else None)
+            found.append(index.look_up(number, most, row.tokens) if most > 0 else None)
         return found
 
     def finish(self, row: Row) -> None:
@@ -86,7 +89,7 @@ class HistoryDrafter:
         running = self._running.pop(row.request.key, None)
         if running is not None:
             index, number = running
-            index.extend(number, row.tokens)
+            self._take_in(index, number, row.tokens)
         self.release(row.request.prompt_ids)
 
     def release(self, prompt: tuple[int, ...]) -> None:
@@ -94,7 +97,8 @@ class HistoryDrafter:
         self._expected[prompt] -= 1
         if self._expected[prompt] <= 0:
             del self._expected[prompt]
-            self._indices.pop(prompt, None)
+            index = self._indices.pop(prompt, None)
+            self._free_bytes += 0 if index is None else index.num_bytes
 
     def state(self) -> dict[str, Any]:
         """For a checkpoint: the finished texts and how history drafts fared."""
@@ -111,13 +115,26 @@ class HistoryDrafter:
         if index is None:
             earlier = self._store.responses(prompt, self._indexed_tokens())
             index = self._indices[prompt] = HistoryIndex(*self._match_lengths)
-            index.add(prompt)
+            self._take_in(index, self._add(index, ()), prompt)
             for response in earlier:
-                index.add(array("i", prompt) + response, start=len(prompt))
-        running = self._running[row.request.key] = (index, index.add(row.tokens, start=len(prompt)))
+                self._take_in(index, self._add(index, prompt), array("i", prompt) + response)
+        running = self._running[row.request.key] = (index, self._add(index, prompt))
         return running
+
+    def _add(self, index: HistoryIndex, prompt: tuple[int, ...]) -> int:
+        """A new text that has yet to be taken in behind its prompt."""
+        before = index.num_bytes
+        number = index.add(prompt, start=len(prompt))
+        self._free_bytes -= index.num_bytes - before
+        return number
+
+    def _take_in(self, index: HistoryIndex, number: int, text: Sequence[int]) -> None:
+        """What a text has grown by, if there is room for all of it."""
+        num_bytes = (len(text) - index.length(number)) * self._token_bytes
+        if num_bytes <= self._free_bytes:
+            index.extend(number, text)
+            self._free_bytes -= num_bytes
 
     def _indexed_tokens(self) -> int:
         """How much of its prompt's earlier responses a new index takes in."""
-        free = self._max_bytes - sum(index.num_bytes for index in self._indices.values())
-        return min(_INDEXED_TOKENS, max(free, 0) // (_SHARE_OF_FREE * self._token_bytes))
+        return min(_INDEXED_TOKENS, max(self._free_bytes, 0) // (_SHARE_OF_FREE * self._token_bytes))

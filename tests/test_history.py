@@ -70,6 +70,22 @@ def test_look_ups_are_those_made_by_hand(vocab: int) -> None:
     assert num_found > 300
 
 
+@pytest.mark.parametrize("num_missing", [1, 3, 40])
+def test_a_text_that_grew_is_looked_up_in_what_was_taken_in(num_missing: int) -> None:
+    rng = random.Random(num_missing)
+    index, levels = HistoryIndex(1, 8), match_levels(1, 8)
+    texts = {number: rng.choices(range(4), k=60) for number in range(3)}
+    places = [(number, position) for number, text in texts.items() for position in range(1, len(text))]
+    for text in texts.values():
+        index.add(text)
+    for _ in range(50):
+        grown = texts[2] + rng.choices(range(4), k=num_missing)
+        match = index.look_up(2, 4, grown)
+        assert match is not None
+        assert list(match.tokens) == by_hand({**texts, 3: grown}, places, 3, levels, 4)
+    assert index.length(2) == 60
+
+
 def kind(level: int, support: int) -> int:
     return level * history_module._SUPPORTS + support
 

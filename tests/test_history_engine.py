@@ -6,11 +6,13 @@ import dataclasses
 import itertools
 import random
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 import pytest
 import torch
 
+import draft_models.history as history_module
 import rollout_engine.history_plan as plan_module
 from draft_models.eagle3 import Eagle3
 from draft_models.history import indexed_token_bytes
@@ -19,9 +21,10 @@ from rollout_engine.decoder import Decoder
 from rollout_engine.drafting import EagleDrafter
 from rollout_engine.history import HistoryDrafter
 from rollout_engine.rows import Row
-from rollout_engine.speculation import DepthController
+from rollout_engine.speculation import CostTable, DepthController
 from rollout_engine.torch_engine import TorchEngine
 from rollout_engine.types import EngineConfigError, RolloutRequest, Sample
+from sync.publish import publish
 from tests.rollout_engine_helpers import load_pair, make_engine, make_requests, run_engine, tokens_of, total_spec
 
 Pair = tuple[Decoder, Eagle3]
@@ -144,6 +147,32 @@ def test_a_resumed_engine_drafts_what_the_unbroken_one_would(pair64: Pair, tmp_p
         assert run_engine(forgetful, epoch(requests, 1)) != expected, f"{part} make no difference"
 
 
+@pytest.mark.parametrize("error", [None, KeyError])
+def test_what_is_to_leave_no_trace_changes_no_later_token(pair64: Pair, error: type[Exception] | None) -> None:
+    """In a generation after new weights, which make the engine forget a part of what it has measured."""
+    decoder, draft = pair64
+    costs = CostTable((1, 5), ((1.0, 1.05, 1.1, 1.15), (1.0, 1.3, 1.6, 1.9)))
+    requests = make_requests(max_new_tokens=30, stop_token_ids=())
+    engines = []
+    for _ in range(2):
+        engine = history_engine(pair64, verify_rule="rejection", max_running_requests=5, controller="adaptive")
+        engine.controller.table = costs
+        engine.controller._learns_costs = False
+        run_engine(engine, requests)
+        weights = ({name: t.clone() for name, t in model.named_tensors().items()} for model in (decoder, draft))
+        publish(*weights, engine.transport, 1)
+        engines.append(engine)
+    left_alone, watched = engines
+    with suppress(KeyError), watched.leaving_no_trace():
+        run_engine(watched, epoch(requests, 2))
+        if error is not None:
+            raise error
+    assert watched.controller.state() == left_alone.controller.state()
+    for number in (1, 2):
+        assert run_engine(watched, epoch(requests, number)) == run_engine(left_alone, epoch(requests, number))
+    assert watched.controller.state() == left_alone.controller.state()
+
+
 def test_a_state_of_other_settings_is_refused(pair64: Pair) -> None:
     state = history_engine(pair64).state()
     other = history_engine(pair64, dataclasses.replace(ANY, history_num_steps=5))
@@ -177,6 +206,7 @@ def test_indices_live_as_long_as_their_requests(pair64: Pair, monkeypatch: pytes
     next(abandoned)
     abandoned.close()
     assert not drafter._indices and not drafter._running and not drafter._expected
+    assert drafter._free_bytes == drafter._max_bytes
 
 
 def test_earlier_texts_are_indexed_in_what_memory_is_left() -> None:
@@ -198,7 +228,34 @@ def test_earlier_texts_are_indexed_in_what_memory_is_left() -> None:
     assert indexed(1 << 29)[0] == [10] * 4
     assert indexed(2 * 8 * 450 * token_bytes)[0] == [4, 3, 3, 3]  # of what is left, which is less each time
     found, num_bytes = indexed(1000)
-    assert found == [0] * 4 and num_bytes == 4 * (2 * 500 + 3 * token_bytes)  # what is being written
+    assert found == [0] * 4 and num_bytes == 4 * 2 * 500  # an entry for what is being written
+
+
+def test_running_texts_are_taken_in_while_there_is_room_and_look_up_what_was() -> None:
+    """Four texts of 5,000 new tokens each hold 6 MB; half of a MiB is theirs."""
+    rng = random.Random(0)
+    drafter = HistoryDrafter(dataclasses.replace(ANY, history_max_bytes=1 << 20), DepthController(3, None), 3)
+    prompts = [(number, 1, 2) for number in range(4)]
+    drafter.expect(prompts)
+    rows = [Row(RolloutRequest(prompt[0], 0, prompt), 9000, [*prompt]) for prompt in prompts]
+    for _ in range(100):
+        for row in rows:
+            row.tokens.extend(rng.sample(range(30_000), 50))
+        drafter.look_up(rows, 3)
+    num_bytes = [index.num_bytes for index in drafter._indices.values()]
+    entries = 8 * history_module._INDEXED_TEXT_BYTES
+    assert 0.9 * (1 << 19) < sum(num_bytes) <= (1 << 19) + entries
+    assert drafter._free_bytes == (1 << 19) - sum(num_bytes)
+    assert drafter.look_up(rows, 3) == [None] * 4  # these ends were never seen
+    first = rows[0].tokens
+    first.extend(first[10:30])
+    found = drafter.look_up(rows, 3)
+    assert found[0] is not None and found[0].tokens == tuple(first[30:33]) and found[1:] == [None] * 3
+    for row in rows[1:]:  # their room is free again
+        drafter.finish(row)
+    assert len(drafter._indices) == 1 and drafter._free_bytes == (1 << 19) - num_bytes[0]
+    drafter.finish(rows[0])
+    assert drafter._free_bytes == 1 << 19
 
 
 def test_the_adaptive_controller_measures_given_drafts_too(pair64: Pair) -> None:
