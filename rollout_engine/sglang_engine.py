@@ -9,7 +9,7 @@ and sglang_calls (what is said to it, and in how many calls), sglang_ends (where
 from __future__ import annotations
 
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from queue import Empty
 from time import monotonic, sleep
@@ -201,6 +201,10 @@ class SGLangEngine:
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Also of a run that had another engine, whose state says nothing to this one."""
+
+    def leaving_no_trace(self) -> AbstractContextManager[None]:
+        """Nothing to do: there is nothing that it learns."""
+        return nullcontext()
 
     def without_speculation(self) -> SGLangEngine:
         """A server cannot switch: EngineConfigError."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
@@ -88,9 +89,8 @@ class TorchEngine:
         if self._max_depth and config.controller == "adaptive" and config.cost_table:
             table = load_cost_table(Path(config.cost_table), self._max_depth, most_given)
         self._controller = DepthController(self._max_depth, table, learns_costs=not config.cost_table)
-        self._history = None
-        if speculation.history:
-            self._history = HistoryDrafter(speculation, self._controller, self._max_depth)
+        self._speculation = speculation
+        self._history = self._new_history()
         self._prefixes = PrefixCache(decoder, self._eagle, self._numerics)
         self._rows: list[Row] = []
         self._sampling: RowSampling | None = None  # of the present rows; None when they have changed
@@ -143,6 +143,25 @@ class TorchEngine:
         self._controller.load_state(state)
         if self._history is not None and "history" in state:
             self._history.load_state(state["history"])
+
+    @contextmanager
+    def leaving_no_trace(self) -> Iterator[None]:
+        """For an evaluation: greedy acceptance says little of the next rollout's, and its texts are not to be drafted
+        from. History is empty inside, because copying gigabytes of texts to forget a few would take longer."""
+        self._require_free()
+        kept = self._controller.state(), self._history, self._version
+        self._history = self._new_history()
+        try:
+            yield
+        finally:
+            # With the old version new weights are still to come: whatever fades with them does so afterwards.
+            before, self._history, self._version = kept
+            self._controller.load_state(before)
+
+    def _new_history(self) -> HistoryDrafter | None:
+        if not self._speculation.history:
+            return None
+        return HistoryDrafter(self._speculation, self._controller, self._max_depth)
 
     @torch.inference_mode()
     def measure_costs(self, budget_s: float = 1.0) -> CostTable:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Protocol
@@ -187,6 +188,9 @@ class RolloutEngine(Protocol):
         """What a checkpoint has to hold of the engine (its depth controller); {} when there is nothing."""
 
     def load_state(self, state: dict[str, Any]) -> None: ...
+
+    def leaving_no_trace(self) -> AbstractContextManager[None]:
+        """What is generated inside changes nothing that the engine has learnt; afterwards it is as it was before."""
 
     def without_speculation(self) -> RolloutEngine:
         """An engine over the same weights that decodes plainly; the caller closes it after use."""

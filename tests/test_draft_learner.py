@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -249,27 +251,31 @@ def test_a_refused_update_is_raised_by_ranks_without_a_learner_too() -> None:
     run_ranks(2, refuse_on_the_last_rank)
 
 
-def test_evaluation_leaves_the_depth_controller_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    from rollout_engine.speculation import DepthController, SpecPlan
+def test_evaluation_is_asked_to_leave_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[str] = []
 
-    controller = DepthController(2, None)
+    @contextmanager
+    def leaving_no_trace() -> Iterator[None]:
+        events.append("begin")
+        yield
+        events.append("end")
+
     run = SimpleNamespace(
         config=RunConfig(eval_interval=1),
         eval_prompts=("p",),
         clock=PhaseClock(),
-        engine=SimpleNamespace(state=controller.state, load_state=controller.load_state),
+        engine=SimpleNamespace(leaving_no_trace=leaving_no_trace),
         sampling=None,
         reward=None,
     )
 
     def evaluate(*_: object) -> dict[str, float]:
-        controller.observe(SpecPlan(2, 8), [2] * 8)
+        events.append("evaluate")
         return {"eval_reward": 1.0}
 
     monkeypatch.setattr(loop, "evaluate", evaluate)
-    before = controller.state()
     assert loop.after_step(run, 0) == {"eval_reward": 1.0}
-    assert controller.state() == before
+    assert events == ["begin", "evaluate", "end"]
 
 
 def test_a_reduced_vocabulary_tells_what_it_covers() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 import rollout_engine.history_plan as plan_module
+from rollout_engine.speculation import CostTable
 from tests import loop_helpers as helpers
 from trainer.config import RunConfig
 
@@ -47,6 +48,22 @@ def test_a_resumed_run_is_the_unbroken_one(config: Callable[..., RunConfig]) -> 
     assert all(line["history_verify_steps"] > 0 and "expected_accept_length" not in line for line in lines[1:])
     helpers.run(config("run", num_rollout=2, **HISTORY))
     helpers.assert_same_run(unbroken, helpers.run(replace(config("run", **HISTORY), resume=True)))
+
+
+def test_a_run_is_bitwise_the_same_with_evaluations(config: Callable[..., RunConfig], tmp_path: Path) -> None:
+    """Of the run's own prompts. With given costs that leave a choice, what the engine has learnt leaves its mark."""
+    drafted, given = (1.0, 1.6, 2.2, 2.8), (1.0, 1.01, 1.02, 1.03)
+    CostTable((1,), (drafted,), (given,)).save(tmp_path / "costs.json")
+    changes = {"rollout__controller": "adaptive", "rollout__cost_table": str(tmp_path / "costs.json"), **HISTORY}
+    changes["data__eval_prompt_data"] = str(tmp_path / "three.jsonl")
+    watched = helpers.run(config("watched", num_rollout=4, **changes))
+    left_alone = helpers.run(config("left_alone", num_rollout=4, eval_interval=0, **changes))
+    lines = helpers.metrics(watched)
+    assert all("eval_reward" in line and line["history_verify_steps"] > 0 for line in lines[1:])
+    without = [{key: value for key, value in line.items() if not key.startswith("eval_")} for line in lines]
+    assert without == helpers.metrics(left_alone)
+    for name in ("policy", "draft"):
+        helpers.assert_same_tensors(helpers.weights(watched, name), helpers.weights(left_alone, name))
 
 
 def test_the_policy_is_bitwise_the_same_with_history(config: Callable[..., RunConfig]) -> None:

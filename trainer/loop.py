@@ -190,18 +190,13 @@ def sync_weights(run: Run, version: int) -> SyncReport:
 
 
 def after_step(run: Run, step: int) -> dict[str, Any]:
-    """Greedy evaluation with the new weights, when due (rank 0).
-
-    The engine's depth controller forgets it: greedy acceptance says little about the next rollout's.
-    """
+    """Greedy evaluation with the new weights, when due (rank 0). The engine forgets it."""
     interval = run.config.eval_interval
     if not (interval and run.eval_prompts and (step + 1) % interval == 0):
         return {}
-    with run.clock("eval"):
-        slots, before = run.config.rollout.max_running_requests, run.engine.state()
-        found = evaluate(run.engine, run.eval_prompts, run.sampling, slots, run.reward)
-        run.engine.load_state(before)
-        return found
+    with run.clock("eval"), run.engine.leaving_no_trace():
+        slots = run.config.rollout.max_running_requests
+        return evaluate(run.engine, run.eval_prompts, run.sampling, slots, run.reward)
 
 
 def metrics_line(step: int, rollout: Rollout, *parts: dict[str, Any]) -> dict[str, Any]:
