@@ -39,7 +39,7 @@ ROLLOUT = (
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    words: tuple[str, ...]  # {python}, {work}, {out} and {results} are filled in
+    words: tuple[str, ...]  # {python}, {work}, {out}, {results}, {rl_policy} and {rl_draft} are filled in
     limit_s: float
     makes: str = ""  # a path; when it exists the command is left out
 
@@ -102,6 +102,16 @@ STAGES: dict[str, tuple[Command, ...]] = {
                 *("--work", "{work}/ablation", "--out", "{out}/ablation"),
             ),
             330,
+        ),
+    ),
+    # Two servers, one after another. On the models of the stage rl, unless --policy and --draft name others
+    "profile": (
+        Command(
+            (
+                *(*MODULE, "benchmarks.step_profile", "--policy", "{rl_policy}", "--draft", "{rl_draft}", *RESULTS),
+                *("--limit-s", "380", "--work-dir", "{work}/profile"),
+            ),
+            500,
         ),
     ),
     "kernels": (Command((*MODULE, "benchmarks.sglang_kernels", *RESULTS), 560),),
@@ -182,6 +192,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, help="folder for results.jsonl and session.log")
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "gpu_session", help="folder for models and logs")
     parser.add_argument("--limit-s", type=float, default=570.0, help="everything is over by then")
+    parser.add_argument("--policy", type=Path, help="that the stage profile looks at; by default that of the stage rl")
+    parser.add_argument("--draft", type=Path, help="its draft; by default the offline one of the stage rl")
     args = parser.parse_args(argv)
     unknown = [name for name in args.stages if name not in STAGES]
     if unknown:
@@ -197,6 +209,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for folder in (out, work):
         folder.mkdir(parents=True, exist_ok=True)
     places = {"python": sys.executable, "work": str(work), "out": str(out), "results": str(out / "results.jsonl")}
+    places["rl_policy"] = str((args.policy or work / "rl" / "policy").resolve())
+    places["rl_draft"] = str((args.draft or work / "rl" / "drafts" / "offline").resolve())
     outcomes = [outcome for stage in args.stages for outcome in run_stage(stage, places, deadline_s)]
     summary = show(outcomes)
     print(summary)

@@ -96,22 +96,26 @@ class DirectHttp:
             "return_logprob": True,
         }
         start_s = time.perf_counter()
-        outputs = json.loads(self._ask("/generate", body))
+        outputs = self.ask_json("/generate", body)
         elapsed_s = time.perf_counter() - start_s
         return run_of(elapsed_s, [out["meta_info"] for out in outputs], self._draft_depth)
 
     def flush(self) -> None:
         """Forget cached prefixes, as soon as the server is idle."""
-        self._ask(f"/flush_cache?timeout={FLUSH_TIMEOUT_S:g}", {})
+        self.ask(f"/flush_cache?timeout={FLUSH_TIMEOUT_S:g}", {})
 
     def settings(self) -> dict[str, Any]:
-        return json.loads(self._ask("/server_info"))
+        return self.ask_json("/server_info")
 
-    def _ask(self, path: str, body: Mapping[str, Any] | None = None) -> bytes:
+    def ask_json(self, path: str, body: Mapping[str, Any] | None = None, timeout_s: float = HTTP_TIMEOUT_S) -> Any:
+        return json.loads(self.ask(path, body, timeout_s))
+
+    def ask(self, path: str, body: Mapping[str, Any] | None = None, timeout_s: float = HTTP_TIMEOUT_S) -> bytes:
+        """The server's answer. Raises EngineError when there is none in time, or one with an error's status."""
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(self.address + path, data, {"Content-Type": "application/json"})
         try:
-            with urllib.request.urlopen(request, timeout=HTTP_TIMEOUT_S) as answer:
+            with urllib.request.urlopen(request, timeout=timeout_s) as answer:
                 return answer.read()
         except urllib.error.HTTPError as error:
             said = " ".join(error.read().decode(errors="replace").split())

@@ -351,6 +351,7 @@ def test_a_command_over_its_time_is_ended(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_the_stages_ask_for_what_the_benchmarks_know():
     places = {"python": sys.executable, "work": "w", "out": "o", "results": "o/results.jsonl"}
+    places |= {"rl_policy": "w/rl/policy", "rl_draft": "w/rl/drafts/offline"}
     asked = set()
     for command in (command for stage in gpu_session.STAGES.values() for command in stage):
         filled = [gpu_session.filled(word, places) for word in command.words]

@@ -27,7 +27,7 @@ _BENCHMARKS = (
         "policy_update",
         "draft_update",
     ),
-    *("rl_on_gpu", "sglang_kernels", "gpu_session"),
+    *("rl_on_gpu", "sglang_kernels", "step_profile", "gpu_session"),
 )
 _MODEL_SIZES = "3m, 10m, 30m, 100m, 100m-deep or 300m"  # make_model.PRESETS, which loads torch
 _OWN_PACKAGES = ("trainer", "rollout_engine", "draft_models", "sync")
