@@ -287,7 +287,8 @@ def step_figures(trace: Trace, batch_size: int) -> dict[str, Any]:
     if not work or not walls:
         raise TraceError(f"{num} steps, but no two that follow one another with kernels of their own")
     graphs = {number for number, call in trace.calls.items() if call.is_graph and steps.step_at(call.start_us) in kept}
-    if blind := len(graphs - {one.call for one, _ in work}):
+    blind = len(graphs - {one.call for one, _ in work})
+    if blind * 10 > len(graphs):
         raise TraceError(
             f"{blind} of {len(graphs)} graph launches have no kernel in the trace: it shows part of the work"
         )
@@ -312,6 +313,7 @@ def step_figures(trace: Trace, batch_size: int) -> dict[str, Any]:
         "parts": parts,
         "top_kernels": _largest([one for one, _ in work], num, TOP_KERNELS),
         "work_without_call": len(trace.work) - len(placed),
+        "graphs_without_work": blind,
     }
 
 

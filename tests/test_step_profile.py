@@ -239,6 +239,9 @@ def test_graphs_whose_kernels_were_not_recorded_are_not_passed_over():
     seen = [event for event in events if not (event.get("cat") == "kernel" and event["name"].startswith("layer"))]
     with pytest.raises(TraceError, match="7 of 21 graph launches have no kernel in the trace"):
         step_figures(parse_events(seen), BATCH)
+    lost = {event["args"]["correlation"] for event in events if event.get("name") == "layer0"}
+    few = [event for event in events if event.get("cat") != "kernel" or event["args"]["correlation"] != sorted(lost)[6]]
+    assert step_figures(parse_events(few), BATCH)["graphs_without_work"] == 1
 
 
 def test_a_trace_that_says_nothing_is_one_line(tmp_path: Path):
