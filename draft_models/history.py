@@ -13,7 +13,7 @@ from array import array
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -33,8 +33,7 @@ _PROMPT_TOKEN_BYTES = 40
 _PROMPT_BYTES = 1400
 
 
-@dataclass(frozen=True, slots=True)
-class Match:
+class Match(NamedTuple):
     """What followed the longest match of a text's end, and what kind of match that was."""
 
     tokens: tuple[int, ...]  # the proposal; at least one token
@@ -121,22 +120,29 @@ class HistoryIndex:
     def _longest(self, chain: _Chain, place: int, text: array[int]) -> tuple[int, list[tuple[array[int], int]]]:
         """The level of the longest agreement among the latest places of a chain, and those of them that reach it."""
         texts, older, starts, end = self._texts, chain.older, chain.starts, len(text)
-        longer = [(n, text[end - n :]) for n in chain.longer if n <= end]
-        best, found, num_left = 0, [], _MAX_CANDIDATES
-        while place >= 0 and num_left:
-            other, position = place >> _POSITION_BITS, place & _POSITION_MASK
-            candidate, level = texts[other], 0
-            for n, tail in longer:
-                if n > position or candidate[position - n : position] != tail:
-                    break
-                level += 1
-            if level == best:
-                found.append((candidate, position))
-            elif level > best:
-                best, found = level, [(candidate, position)]
-            place = older[other][position - starts[other]]
-            num_left -= 1
-        return chain.level + best, found
+        length = chain.longer if chain.longer <= end else 0
+        tail = text[end - length :]
+        # Most places fail at the first token before those that the chain is of: a look at it is cheaper than a slice.
+        first_back = chain.length + 1
+        first = text[-first_back] if length else -1
+        shorter: list[tuple[array[int], int]] = []
+        longer: list[tuple[array[int], int]] = []
+        for _ in range(_MAX_CANDIDATES):
+            number, position = place >> _POSITION_BITS, place & _POSITION_MASK
+            candidate = texts[number]
+            if (
+                length
+                and position >= length
+                and candidate[position - first_back] == first
+                and candidate[position - length : position] == tail
+            ):
+                longer.append((candidate, position))
+            elif not longer:
+                shorter.append((candidate, position))
+            place = older[number][position - starts[number]]
+            if place < 0:
+                break
+        return (chain.level + 1, longer) if longer else (chain.level, shorter)
 
     def _match(self, text: array[int], level: int, found: list[tuple[array[int], int]], num_tokens: int) -> Match:
         followers = [candidate[position] for candidate, position in found]
@@ -158,12 +164,12 @@ class HistoryIndex:
 class _Chain:
     """Places by their last `length` tokens: the latest of each, and for every place the one before it, or -1."""
 
-    __slots__ = ("latest", "length", "level", "longer", "older", "starts")
+    __slots__ = ("latest", "length", "level", "longer", "older", "starts")  # longer: 0 where there is no level above
 
     def __init__(self, level: int, lengths: tuple[int, ...]) -> None:
-        """`lengths` are those of match levels `level`, `level` + 1 ..; the chain is of the first."""
+        """`lengths`: of match level `level`, of which the chain is, and of the one above it, if there is one."""
         self.level = level
-        self.length, *self.longer = lengths
+        self.length, self.longer = lengths if len(lengths) > 1 else (*lengths, 0)
         self.latest: dict[int, int] = {}  # hash of the tokens -> place; a collision makes a useless proposal, no more
         self.older: list[array[int]] = []  # by text and position, from that text's start on
         self.starts: list[int] = []
