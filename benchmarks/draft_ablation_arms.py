@@ -157,6 +157,14 @@ def arms_of(plan: Plan) -> tuple[Arm, ...]:
         ),
         replace(base, name="tokens x 4", axis="length", updates=4 * plan.updates),
         replace(base, name="tokens x 4, unroll 7", axis="length", updates=4 * plan.updates, unroll=7),
+        replace(
+            base,
+            name=f"tokens x 4, unroll 7, {LossKind.FORWARD_KL.value}",
+            axis="length",
+            updates=4 * plan.updates,
+            unroll=7,
+            loss=LossKind.FORWARD_KL,
+        ),
         replace(base, name="tokens x 16, unroll 7", axis="length", updates=16 * plan.updates, unroll=7),
     )
 

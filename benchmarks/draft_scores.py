@@ -104,7 +104,9 @@ def coupled_posterior(p_nV: Tensor, q_nV: Tensor, token_n: Tensor) -> Tensor:
     that both take x with probability 1 / sum_y max(p_y / p_x, q_y / q_x) (Daliri, Musco & Suresh 2024).
     """
     p_n1, q_n1 = (law.gather(1, token_n[:, None]) for law in (p_nV, q_nV))
-    rivals_n = torch.maximum(p_nV, q_nV * (p_n1 / q_n1)).sum(-1)
+    # Next to a q_x that has all but underflowed the ratio is infinite: a token that is never drafted is no rival then.
+    drafted_nV = torch.where(q_nV > 0, q_nV * (p_n1 / q_n1), 0.0)
+    rivals_n = torch.maximum(p_nV, drafted_nV).sum(-1)
     return torch.where(q_n1[:, 0] > 0, 1.0 / rivals_n, 0.0)
 
 

@@ -70,6 +70,11 @@ def test_the_coupled_posterior_is_the_mean_over_the_noise():
     assert draft_scores.coupled_posterior(p[None], q[None], torch.tensor([3])).item() == 0
 
 
+def test_a_token_that_the_draft_all_but_never_says_is_no_nan_under_the_coupled_rule():
+    p, q = torch.tensor([[0.5, 0.5, 0.0]]), torch.tensor([[1e-42, 0.0, 1.0]])
+    assert draft_scores.coupled_posterior(p, q, torch.tensor([0])).item() == 0.0
+
+
 def test_rates_by_position():
     forecast = AcceptForecast((2.0, 1.0, 1.0), (4.0, 4.0), (2.0, 1.0))
     assert draft_scores.accept_rates(forecast) == [0.5, 0.25]

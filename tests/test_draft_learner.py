@@ -149,7 +149,7 @@ def test_forwards_stay_within_their_tokens() -> None:
 @pytest.mark.parametrize(
     ("rule", "kind", "figure"),
     [
-        (VerifyRule.REJECTION, "lk", "draft_overlap_by_step"),
+        (VerifyRule.REJECTION, "forward_kl", "draft_overlap_by_step"),
         (VerifyRule.TARGET_ONLY, "cross_entropy", "draft_top1_by_step"),
     ],
 )

@@ -122,8 +122,8 @@ def test_lk_is_kl_far_from_the_target_and_tv_near_it() -> None:
 @pytest.mark.parametrize(
     ("rule", "kind"),
     [
-        (VerifyRule.REJECTION, LossKind.LK),
-        (VerifyRule.COUPLED, LossKind.LK),
+        (VerifyRule.REJECTION, LossKind.FORWARD_KL),
+        (VerifyRule.COUPLED, LossKind.FORWARD_KL),
         (VerifyRule.TARGET_ONLY, LossKind.CROSS_ENTROPY),
         (VerifyRule.GREEDY, LossKind.CROSS_ENTROPY),
     ],

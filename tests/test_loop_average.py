@@ -41,7 +41,7 @@ def test_the_average_is_published_and_exported_and_a_resumed_run_repeats_it(
     for name, tensor in averaged.items():
         assert torch.equal(exported[name], tensor) and torch.equal(sent[-1][name], tensor), name
         assert not torch.equal(learner.draft.named_tensors()[name], tensor), name
-    assert all(line["draft_loss_kind"] == "lk" and line["draft_accept_by_step"] for line in metrics(whole))
+    assert all(line["draft_loss_kind"] == "forward_kl" and line["draft_accept_by_step"] for line in metrics(whole))
 
     halves = replace(config, name="halves", num_rollout=2)
     run(halves)
