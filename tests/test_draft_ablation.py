@@ -181,7 +181,7 @@ def test_the_command_goes_on_where_it_was_cut_off(tmp_path: Path, small: None, m
     assert after[:3] == before and len(after) == 2 * 5
     assert all({"command", "hardware", "commit", "date", "plan", "fingerprint"} <= set(record) for record in after)
     text = draft_ablation_report.section(Ablation.read(out))
-    assert "* unroll 7: not asked for." in text and "* forward_kl" not in text.split("Empty cells")[1]
+    assert "* unroll 7: not asked for." in text and "* forward_kl: " not in text.split("Empty cells")[1]
 
     with pytest.raises(ConfigError, match="holds runs on other texts or of other sizes"):
         draft_ablation.main([*command, "--updates", "5"])
