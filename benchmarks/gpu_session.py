@@ -66,11 +66,22 @@ MAKE_DRAFT = (
     *("--max-new-tokens", "64", "--train-draft-steps", "1200", "--train-draft-samples", "1536"),
     *("--train-draft-lr", "1e-3", "--save-draft", DRAFT, "--results", "{work}/prepare.jsonl"),
 )
+ENGINE_TESTS = (*MODULE, "pytest", "-m", "gpu", "-v", "--durations=10")
 STAGES: dict[str, tuple[Command, ...]] = {
-    "tests": (Command((*MODULE, "pytest", "-m", "gpu", "-q", "--durations=10", "tests"), 560),),
-    # Nothing else may run on the GPU beside these: they watch its memory
+    "tests": (
+        Command(
+            (
+                *(*MODULE, "pytest", "-m", "gpu", "-q", "--durations=10", "tests"),
+                *("--ignore", "tests/gpu/test_sglang_engine.py", "--ignore", "tests/gpu/test_sglang_train.py"),
+            ),
+            560,
+        ),
+    ),
+    # Nothing else may run on the GPU beside these: they watch its memory. A server starts in 40 to 90 s
     "engine-tests": (
-        Command((*MODULE, "pytest", "-m", "gpu", "-q", "--durations=10", "tests/gpu/test_sglang_engine.py"), 400),
+        Command((*ENGINE_TESTS, "tests/gpu/test_sglang_engine.py", "-k", "logprobs"), 590),
+        Command((*ENGINE_TESTS, "tests/gpu/test_sglang_engine.py", "-k", "not logprobs"), 590),
+        Command((*ENGINE_TESTS, "tests/gpu/test_sglang_train.py"), 500),
     ),
     "prepare": (Command(MAKE_POLICY, 120, makes=POLICY), Command(MAKE_DRAFT, 300, makes=DRAFT)),
     # Starting a server takes most of a minute: no offline engines here

@@ -36,7 +36,7 @@ from trainer.tasks import get_task
 
 MAX_PROB_TOKENS = 8192  # of a step, on which E[max p] is computed
 MAX_PROB_SAMPLES = 64  # of a run's last step, among which they are
-START_TIMEOUT_S = 300.0  # of a server
+START_TIMEOUT_S = 500.0  # of a server: the first on a machine compiles, longer beside other work
 OFFLINE_SEED = 1_000_003  # no arm's: the offline draft must not have seen an arm's prompts in an arm's order
 RECORDS_FILE, ABOUT_FILE = "responses.jsonl", "about.json"
 
