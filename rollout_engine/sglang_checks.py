@@ -194,6 +194,11 @@ def _check_server_flags(flags: Mapping[str, Any]) -> None:
         raise EngineConfigError(
             "rollout.sglang.enable_dp_attention needs an engine over several GPUs, which is not built yet: leave it out"
         )
+    if flags.get("incremental_streaming_output"):
+        raise EngineConfigError(
+            "rollout.sglang.incremental_streaming_output brings answers in pieces, the engine reads whole ones: leave "
+            "it out"
+        )
     if "custom_weight_loader" in flags:
         raise EngineConfigError("rollout.sglang.custom_weight_loader belongs to the sync of weights: leave it out")
     _check_flag_values(flags)
@@ -248,6 +253,11 @@ def _warnings(config: RolloutConfig) -> list[str]:
         warnings.append(
             f"rollout.controller = 'adaptive': SGLang always drafts {config.speculative_num_steps} tokens (say "
             "--rollout.controller fixed), unless --sglang-speculative-adaptive lets it choose by its own table"
+        )
+    if str(config.sglang.get("kv_cache_dtype", "")).startswith("fp"):
+        warnings.append(
+            f"rollout.sglang.kv_cache_dtype = {config.sglang['kv_cache_dtype']!r}: samples and their log-probs are those "
+            "of rounded keys and values, which training does not round: watch logp_diff, correct by algorithm.use_tis"
         )
     if config.sglang.get("load_format") == "dummy":
         warnings.append(

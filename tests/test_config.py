@@ -204,6 +204,7 @@ SGLANG = ("--engine=sglang", "--rollout.controller=fixed")
             ["--speculative-algorithm=NGRAM", "--rollout.verify-rule=target_only"],
             "fills up short drafts with token 0.*--allow-lossy",
         ),
+        (["--sglang-incremental-streaming-output"], "brings answers in pieces"),
         (["--update-weight-transport=nccl"], "use one of auto, ipc, disk, broadcast"),
         (["--update-weight-transport=disk"], "give --update-weight-disk-dir DIR"),
         (["--rollout-external-engine-addrs=h:30000"], "needs a folder that trainer and engine both see"),
@@ -258,6 +259,8 @@ def test_sglang_warns_once_of_each_thing():
     assert "always drafts 3 tokens" in depth and "--sglang-speculative-adaptive" in depth
     _, unwatched = validate(from_flags(*GOOD, "--engine=sglang", "--sglang-speculative-adaptive"))
     assert "sentinel watches nothing" in unwatched and "speculative_adaptive" in unwatched
+    _, rounded = validate(from_flags(*GOOD, *SGLANG, "--sglang-kv-cache-dtype=fp8_e4m3"))
+    assert "kv_cache_dtype = 'fp8_e4m3'" in rounded and "use_tis" in rounded
     lossy, *_ = validate(from_flags(*GOOD, *SGLANG, "--rollout.min-p=0.1", "--allow-lossy"))
     assert "min_p = 0.1" in lossy and "do not follow the policy's law" in lossy
 
