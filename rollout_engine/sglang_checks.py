@@ -256,8 +256,8 @@ def _warnings(config: RolloutConfig) -> list[str]:
         )
     if str(config.sglang.get("kv_cache_dtype", "")).startswith("fp"):
         warnings.append(
-            f"rollout.sglang.kv_cache_dtype = {config.sglang['kv_cache_dtype']!r}: samples and their log-probs are those "
-            "of rounded keys and values, which training does not round: watch logp_diff, correct by algorithm.use_tis"
+            f"rollout.sglang.kv_cache_dtype = {config.sglang['kv_cache_dtype']!r}: samples and their log-probs are "
+            "those of rounded keys and values, which training does not round: watch logp_diff, set algorithm.use_tis"
         )
     if config.sglang.get("load_format") == "dummy":
         warnings.append(

@@ -259,7 +259,7 @@ def test_sglang_warns_once_of_each_thing():
     assert "always drafts 3 tokens" in depth and "--sglang-speculative-adaptive" in depth
     _, unwatched = validate(from_flags(*GOOD, "--engine=sglang", "--sglang-speculative-adaptive"))
     assert "sentinel watches nothing" in unwatched and "speculative_adaptive" in unwatched
-    _, rounded = validate(from_flags(*GOOD, *SGLANG, "--sglang-kv-cache-dtype=fp8_e4m3"))
+    rounded, _ = validate(from_flags(*GOOD, *SGLANG, "--sglang-kv-cache-dtype=fp8_e4m3"))
     assert "kv_cache_dtype = 'fp8_e4m3'" in rounded and "use_tis" in rounded
     lossy, *_ = validate(from_flags(*GOOD, *SGLANG, "--rollout.min-p=0.1", "--allow-lossy"))
     assert "min_p = 0.1" in lossy and "do not follow the policy's law" in lossy
