@@ -94,7 +94,8 @@ def metrics_cannot_be_written(run: Run) -> None:
 
 
 def draft_cannot_be_saved(run: Run) -> None:
-    run._save_draft = lambda: raise_error(RuntimeError("no room for the draft"))
+    run._why_unpublished = lambda: ""  # read from metrics, which this run does not write
+    run._save_draft = lambda *_: raise_error(RuntimeError("no room for the draft"))
 
 
 def check_failures(config: RunConfig) -> None:
