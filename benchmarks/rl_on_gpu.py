@@ -48,6 +48,7 @@ from benchmarks.rl_on_gpu_start import (
     start_statistics,
     with_flags,
 )
+from sync.atomic import write_file
 from trainer.config import ConfigError
 
 START_REWARD = (0.05, 0.85)  # outside, RL has nothing to learn from, or nothing left to learn
@@ -154,10 +155,13 @@ def check_same_setting(place: Place, plan: Plan, origin: Mapping[str, Any]) -> N
     mine = {"settings": asdict(plan), "commit": origin["commit"], "hardware": hardware, "versions": origin["versions"]}
     mine = json.loads(json.dumps(mine))  # as it is read back
     told = place.work / "setting.json"
-    found = json.loads(told.read_text()) if told.exists() else mine
-    if other := [key for key in mine if found[key] != mine[key]]:
+    if told.exists():
+        found = json.loads(told.read_text())
+    else:
+        found = {} if place.done.exists() else mine  # nobody told what older runs were of
+    if other := [key for key in mine if found.get(key) != mine[key]]:
         raise ConfigError(f"{place.work} holds runs of other {', '.join(other)}: give another --work, or remove it")
-    told.write_text(json.dumps(mine))
+    write_file(told, json.dumps(mine))
 
 
 def versions() -> dict[str, str]:

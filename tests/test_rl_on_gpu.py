@@ -342,6 +342,9 @@ def test_unknown_arms_and_other_settings_in_the_same_place_are_refused(
     with pytest.raises(ConfigError, match="holds runs of other hardware"):
         other = origin["hardware"] | {"gpu": "H100"}
         rl_on_gpu.check_same_setting(Place(tmp_path), REHEARSAL, origin | {"hardware": other})
+    (tmp_path / "untold" / "done").mkdir(parents=True)
+    with pytest.raises(ConfigError, match="holds runs of other settings, commit"):
+        rl_on_gpu.check_same_setting(Place(tmp_path / "untold"), REHEARSAL, origin)
 
 
 def test_a_start_without_anything_to_learn_is_refused():
