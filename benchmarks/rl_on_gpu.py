@@ -155,10 +155,8 @@ def check_same_setting(place: Place, plan: Plan, origin: Mapping[str, Any]) -> N
     mine = {"settings": asdict(plan), "commit": origin["commit"], "hardware": hardware, "versions": origin["versions"]}
     mine = json.loads(json.dumps(mine))  # as it is read back
     told = place.work / "setting.json"
-    if told.exists():
-        found = json.loads(told.read_text())
-    else:
-        found = {} if place.done.exists() else mine  # nobody told what older runs were of
+    untold = {} if place.done.exists() else mine  # runs of before there was this file are of who knows what
+    found = json.loads(told.read_text()) if told.exists() else untold
     if other := [key for key in mine if found.get(key) != mine[key]]:
         raise ConfigError(f"{place.work} holds runs of other {', '.join(other)}: give another --work, or remove it")
     write_file(told, json.dumps(mine))
