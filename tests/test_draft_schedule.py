@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import pytest
 
@@ -52,7 +53,7 @@ class World:
         return self.state.phase is Phase.RESTING
 
 
-def settled(**changes: float) -> World:
+def settled(**changes: Any) -> World:
     """A world whose draft has learned what it can, and rests."""
     world = World(**changes)
     world.run(25)
@@ -184,6 +185,19 @@ def test_a_level_that_cannot_be_regained_becomes_the_new_one() -> None:
     world.run(30)
     assert world.rests and sum(d.share for d in world.decisions[25:]) < 12
     assert all(decision.share == 0 for decision in world.run(30))
+
+
+@pytest.mark.parametrize("quiet_steps", range(3))
+def test_a_fall_right_after_one_that_was_not_worth_training_is_seen_at_once(quiet_steps: int) -> None:
+    """A sag that costs less than training starts a new level, from which the next fall is seen without delay."""
+    world = settled(money=replace(CHEAP, train_s=9.0))
+    while world.state.rested > 1 or world.level > 2.4:
+        world.level -= 0.015
+        assert world.step().share == 0 and world.level > 1.5
+    assert world.state.reference[-1].accept_length < 2.45
+    world.run(quiet_steps)
+    world.level, world.money = 1.4, CHEAP
+    assert world.step().reason is Reason.DROP
 
 
 @pytest.mark.parametrize(("drift", "most"), [(0.01, 0.6), (0.1, 1.0)])

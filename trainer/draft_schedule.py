@@ -26,7 +26,7 @@ from rollout_engine.types import SpecStats
 MIN_VERIFIES = 32  # fewer say nothing of a rollout's acceptance
 CLUSTERING = 1.5  # verify steps of one text are alike: their mean scatters this much more than independent ones'
 WINDOW = 24  # steps that the line is fitted to, at most
-MIN_REFERENCE = 3  # fewer are no line to fall below
+MIN_REFERENCE = 3  # fewer are no line: their mean, and the slope and noise to expect beforehand
 MIN_RISE = 2  # steps of training before their rise is read
 MIN_CLIMB = 5  # steps of training before a rise may be found to be over
 MAX_CLIMB = 8  # latest rollouts that a rise is read from,
@@ -185,7 +185,7 @@ def judge(state: State, seen: Seen | None) -> Judgement:
     spans = (RECOVERY if state.phase is Phase.RECOVERING else MAX_CLIMB, LATE)
     rise, late_rise = (rise_per_budget([*state.climb, seen][-n:], state.budgets[1 - n :], slope) for n in spans)
     has_risen = bool(state.climb) and seen.accept_length - state.climb[0].accept_length > RISEN * noise
-    if len(state.reference) < MIN_REFERENCE:
+    if not state.reference:
         return Judgement(seen, rise=rise, late_rise=late_rise, has_risen=has_risen)
     expected = _mean([p.accept_length for p in state.reference])
     expected += slope * (seen.entropy - _mean([p.entropy for p in state.reference]))
@@ -203,7 +203,7 @@ def fit(state: State, standard_error: float) -> tuple[float, float]:
     points = state.reference
     prior = 2.0 * standard_error  # prompts differ from step to step
     if len(points) < MIN_REFERENCE:
-        return state.slope_prior, prior
+        return state.slope_prior, prior * math.sqrt(1.0 + 1.0 / max(1, len(points)))
     x = _centred([p.entropy for p in points])
     y = _centred([p.accept_length for p in points])
     strength = prior * prior  # a prior of one token per nat
@@ -355,7 +355,9 @@ def advance(state: State, judgement: Judgement, decision: Decision) -> State:
             falling=min(falling, WINDOW),
         )
     is_new_level = state.phase is Phase.LEARNING or not judgement.is_back
-    reference = (*(state.climb[1 - RECOVERY :] if is_new_level else state.reference), seen)[-WINDOW:]
+    sagged = state.reference[len(state.reference) - state.falling :]  # a fall that was not worth training
+    at_level = (state.climb[1 - RECOVERY :] or sagged) if is_new_level else state.reference
+    reference = (*at_level, seen)[-WINDOW:]
     rest = State(state.slope_prior, state.patience, Phase.RESTING, reference)
     return replace(rest, share=share, need=need, rested=1)
 
