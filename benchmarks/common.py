@@ -24,6 +24,7 @@ from rich.console import Console
 from draft_models.eagle3 import DraftError
 from rollout_engine.hf_checkpoint import CheckpointError
 from rollout_engine.types import BadRequest, EngineConfigError, EngineError
+from sync.atomic import write_file
 from sync.plan import SyncError
 from trainer.config import ConfigError, DataConfig
 
@@ -141,6 +142,25 @@ def provenance(module: str) -> dict[str, Any]:
         "commit": commit(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
+
+
+def check_same_setting(work: Path, settings: Mapping[str, Any], origin: Mapping[str, Any], *, holds_runs: bool) -> None:
+    """ConfigError when `work` holds runs of other sizes, code or hardware, which must not be compared with new ones.
+
+    `origin` is what `provenance` says, with the `versions` of packages where they count. `holds_runs`: something of an
+    earlier call lies in `work`, which without a setting told beside it is of who knows what.
+    """
+    hardware = {key: origin["hardware"][key] for key in ("cpu", "gpu", "torch")}
+    mine = {"settings": settings, "commit": origin["commit"], "hardware": hardware}
+    if "versions" in origin:
+        mine["versions"] = origin["versions"]
+    mine = json.loads(json.dumps(mine))  # as it is read back
+    told = work / "setting.json"
+    untold = {} if holds_runs else mine
+    found = json.loads(told.read_text()) if told.exists() else untold
+    if other := [key for key in mine if found.get(key) != mine[key]]:
+        raise ConfigError(f"{work} holds runs of other {', '.join(other)}: give another --work, or remove it")
+    write_file(told, json.dumps(mine))
 
 
 def append_results(path: Path, rows: Sequence[Mapping[str, Any]], origin: Mapping[str, Any]) -> None:

@@ -8,9 +8,10 @@ temperature 1 in arms that differ in the draft's training alone:
   curve   a fixed share of the tokens in every step: what of the acceptance is lost with fewer
   history always, with and without history drafts beside it, on few prompts that come again and again, 8 at a time
 
-State lies under --work: the same command goes on behind the last finished arm. A line is added to the results after
-every arm. `--arms warm` makes only what all arms start from: copies of that folder let arms run in several processes,
-whose result files are then one, end to end. `--rehearse` runs all of it with tiny sizes, whose figures mean nothing.
+State lies under --work: the same command goes on behind the last finished arm, and is refused where runs of other
+sizes, code or hardware lie. A line is added to the results after every arm. `--arms warm` makes only what all arms
+start from: copies of that folder let arms run in several processes, whose result files are then one, end to end.
+`--rehearse` runs all of it with tiny sizes, whose figures mean nothing.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import append_results, arguments, console, integers, provenance, run, words
+from benchmarks.common import append_results, arguments, check_same_setting, console, integers, provenance, run, words
 from benchmarks.draft_schedule_report import OF_KIND, show_all
 from benchmarks.draft_schedule_runs import (
     ARMS,
@@ -196,6 +197,9 @@ def row_of(plan: Plan, place: Place, arm: Arm, seed: int) -> dict[str, Any]:
 def experiment(args: argparse.Namespace) -> None:
     plan, place = REHEARSAL if args.rehearse else Plan(), Place(args.work)
     deadline_s = time.monotonic() + args.budget_s
+    place.work.mkdir(parents=True, exist_ok=True)
+    holds_runs = place.policy.exists() or place.draft.exists()
+    check_same_setting(place.work, asdict(plan), provenance(MODULE), holds_runs=holds_runs)
     make_start(plan, place)
     jobs = all_jobs(args.arms, args.seeds)
     left_out = run_jobs(plan, place, [(WARM, WARM_SEED)], deadline_s, args.results)

@@ -12,7 +12,6 @@ State lies under --work: call the command again and it goes on behind the last f
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,7 +21,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import Parser, integers, positive, provenance, run, words
+from benchmarks.common import Parser, check_same_setting, integers, positive, provenance, run, words
 from benchmarks.rl_on_gpu_arms import (
     ARMS,
     MAIN_ARMS,
@@ -48,7 +47,6 @@ from benchmarks.rl_on_gpu_start import (
     start_statistics,
     with_flags,
 )
-from sync.atomic import write_file
 from trainer.config import ConfigError
 
 START_REWARD = (0.05, 0.85)  # outside, RL has nothing to learn from, or nothing left to learn
@@ -130,7 +128,7 @@ def experiment(args: argparse.Namespace, plan: Plan) -> None:
     place.work.mkdir(parents=True, exist_ok=True)
     jobs = interleaved_jobs(args.arms, args.seeds)
     origin = provenance(MODULE) | {"plan": asdict(plan), "versions": versions()}
-    check_same_setting(place, plan, origin)
+    check_same_setting(place.work, asdict(plan), origin, holds_runs=place.done.exists())
     with serving(plan, place) as servers:
         start = prepare(plan, place, jobs, servers)
         if not (args.any_start or args.rehearse):
@@ -147,19 +145,6 @@ def experiment(args: argparse.Namespace, plan: Plan) -> None:
     )
     if left_out:
         print(f"no time for {' '.join(left_out)}: run the same command again with the same --work")
-
-
-def check_same_setting(place: Place, plan: Plan, origin: Mapping[str, Any]) -> None:
-    """ConfigError when --work holds runs of other sizes, code or hardware, which must not be compared with new ones."""
-    hardware = {key: origin["hardware"][key] for key in ("cpu", "gpu", "torch")}
-    mine = {"settings": asdict(plan), "commit": origin["commit"], "hardware": hardware, "versions": origin["versions"]}
-    mine = json.loads(json.dumps(mine))  # as it is read back
-    told = place.work / "setting.json"
-    untold = {} if place.done.exists() else mine  # runs of before there was this file are of who knows what
-    found = json.loads(told.read_text()) if told.exists() else untold
-    if other := [key for key in mine if found.get(key) != mine[key]]:
-        raise ConfigError(f"{place.work} holds runs of other {', '.join(other)}: give another --work, or remove it")
-    write_file(told, json.dumps(mine))
 
 
 def versions() -> dict[str, str]:

@@ -27,6 +27,7 @@ from benchmarks import (
 from rollout_engine.speculation import CostTable
 from rollout_engine.types import EngineError, FinishReason, RolloutRequest, Sample, SamplingParams, SpecStats
 from sync.plan import SyncError
+from trainer.config import ConfigError
 from trainer.make_model import MakeModelConfig, make_model
 
 
@@ -166,6 +167,24 @@ def test_results_that_cannot_be_written_are_one_line(tmp_path: Path, capsys: pyt
 
 def run_with(seconds: float, lengths: tuple[int, ...], finish_s: tuple[float, ...] | None = None, **more):
     return rollout_runs.ArmRun(seconds, lengths, finish_s or (seconds,) * len(lengths), **more)
+
+
+def test_runs_of_another_setting_in_the_same_place_are_refused(tmp_path: Path):
+    def check(work: Path, settings: dict, origin: dict, *, holds_runs: bool = True) -> None:
+        common.check_same_setting(work, settings, origin, holds_runs=holds_runs)
+
+    hardware = {"cpu": "c", "cores": 2, "gpu": "H200", "torch": "2"}
+    settings, origin = {"lr": 0.5, "seeds": (0, 1)}, {"commit": "a1", "hardware": hardware, "versions": {"sglang": "1"}}
+    with pytest.raises(ConfigError, match="holds runs of other settings, commit, hardware, versions"):
+        check(tmp_path, settings, origin)  # nobody told of what they are
+    check(tmp_path, settings, origin, holds_runs=False)
+    check(tmp_path, settings, origin)
+    check(tmp_path, settings, origin | {"hardware": hardware | {"cores": 4}})
+    with pytest.raises(ConfigError, match="holds runs of other settings: give another --work"):
+        check(tmp_path, settings | {"lr": 1.0}, origin)
+    for key, value in (("commit", "b2"), ("hardware", hardware | {"gpu": "H100"}), ("versions", {"sglang": "2"})):
+        with pytest.raises(ConfigError, match=f"holds runs of other {key}"):
+            check(tmp_path, settings, origin | {key: value})
 
 
 def test_waves_join_to_one_run_whose_makespan_is_a_waves():

@@ -229,6 +229,25 @@ def test_every_arm_is_a_run_that_would_start_and_the_mix_changes_at_its_step(tmp
     assert before and after and not before & after
 
 
+def test_a_real_run_does_not_go_on_behind_a_rehearsal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Nor without knowing of what size, code and hardware the runs are that lie there."""
+    begun: list[Plan] = []
+    monkeypatch.setattr(bench, "make_start", lambda plan, place: begun.append(plan))
+    command = ["--work", str(tmp_path / "work"), "--results", str(tmp_path / "results"), "--budget-s", "0"]
+    monkeypatch.setenv("SLIPSTREAM_COMMIT", "one")
+    bench.main([*command, "--rehearse"])
+    bench.main([*command, "--rehearse"])
+    with pytest.raises(ConfigError, match="work holds runs of other settings: give another --work"):
+        bench.main(command)
+    monkeypatch.setenv("SLIPSTREAM_COMMIT", "another")
+    with pytest.raises(ConfigError, match="work holds runs of other commit"):
+        bench.main([*command, "--rehearse"])
+    assert begun == [REHEARSAL, REHEARSAL]
+    (tmp_path / "untold" / "policy").mkdir(parents=True)
+    with pytest.raises(ConfigError, match="untold holds runs of other settings, commit, hardware"):
+        bench.main(["--work", str(tmp_path / "untold")])
+
+
 def test_an_arm_that_does_not_fit_the_budget_is_left_for_the_next_call(tmp_path: Path):
     place = Place(tmp_path)
     assert bench.run_jobs(REHEARSAL, place, [(WARM, WARM_SEED)], 0.0, tmp_path / "results") == [f"warm-{WARM_SEED}"]

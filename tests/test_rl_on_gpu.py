@@ -326,25 +326,20 @@ def test_what_is_noted_of_an_update_is_computed_when_its_line_is_written(tmp_pat
     assert written == [{"step": 0}]
 
 
-def test_unknown_arms_and_other_settings_in_the_same_place_are_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-):
+def test_unknown_arms_are_refused(capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit):
         rl_on_gpu.parse(["--work", "w", "--out", "o", "--arms", "onlin"])
     assert "unknown arm 'onlin'" in capsys.readouterr().err
-    origin = {"commit": "a1", "hardware": {"cpu": "c", "gpu": "H200", "torch": "2"}, "versions": {"sglang": "1"}}
-    rl_on_gpu.check_same_setting(Place(tmp_path), REHEARSAL, origin)
-    rl_on_gpu.check_same_setting(Place(tmp_path), REHEARSAL, origin)
-    with pytest.raises(ConfigError, match="holds runs of other settings"):
-        rl_on_gpu.check_same_setting(Place(tmp_path), replace(REHEARSAL, lr=1.0), origin)
-    with pytest.raises(ConfigError, match="holds runs of other commit"):
-        rl_on_gpu.check_same_setting(Place(tmp_path), REHEARSAL, origin | {"commit": "b2"})
-    with pytest.raises(ConfigError, match="holds runs of other hardware"):
-        other = origin["hardware"] | {"gpu": "H100"}
-        rl_on_gpu.check_same_setting(Place(tmp_path), REHEARSAL, origin | {"hardware": other})
-    (tmp_path / "untold" / "done").mkdir(parents=True)
-    with pytest.raises(ConfigError, match="holds runs of other settings, commit"):
-        rl_on_gpu.check_same_setting(Place(tmp_path / "untold"), REHEARSAL, origin)
+
+
+def test_runs_of_another_plan_in_the_same_place_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Before anything is started, and without a change to what lies there."""
+    monkeypatch.setattr(rl_on_gpu, "serving", lambda *_: pytest.fail("began"))
+    (tmp_path / "done").mkdir()  # of before a setting was told
+    args, plan = rl_on_gpu.parse(["--work", str(tmp_path), "--out", str(tmp_path / "out"), "--rehearse"])
+    with pytest.raises(ConfigError, match="holds runs of other settings, commit, hardware, versions"):
+        rl_on_gpu.experiment(args, plan)
+    assert [path.name for path in tmp_path.iterdir()] == ["done"]
 
 
 def test_a_start_without_anything_to_learn_is_refused():
