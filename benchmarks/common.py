@@ -8,6 +8,7 @@ import math
 import os
 import platform
 import shlex
+import shutil
 import statistics
 import subprocess
 import sys
@@ -27,6 +28,7 @@ from rollout_engine.types import BadRequest, EngineConfigError, EngineError
 from sync.atomic import write_file
 from sync.plan import SyncError
 from trainer.config import ConfigError, DataConfig
+from trainer.run_dir import RunDir
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -161,6 +163,16 @@ def check_same_setting(work: Path, settings: Mapping[str, Any], origin: Mapping[
     if other := [key for key in mine if found.get(key) != mine[key]]:
         raise ConfigError(f"{work} holds runs of other {', '.join(other)}: give another --work, or remove it")
     write_file(told, json.dumps(mine))
+
+
+def copy_published_draft(run: RunDir, to: Path) -> None:
+    """EngineError when the run put its draft aside, as one that should not be served: nothing may start from it."""
+    if not run.draft.is_dir():
+        raise EngineError(
+            f"{run.path}: the run published no draft, and nothing can start from it; sentinel_alarm or draft_decision "
+            f"in {run.metrics_file.name} says why, and the draft itself lies in {run.unpublished_draft.name}"
+        )
+    shutil.copytree(run.draft, to, dirs_exist_ok=True)
 
 
 def append_results(path: Path, rows: Sequence[Mapping[str, Any]], origin: Mapping[str, Any]) -> None:

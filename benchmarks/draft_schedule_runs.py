@@ -12,6 +12,7 @@ from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
+from benchmarks.common import copy_published_draft
 from draft_models.config import DraftConfig
 from rollout_engine.config import RolloutConfig, SpeculationConfig
 from sync.atomic import whole_folder, write_file
@@ -22,6 +23,7 @@ from trainer.make_model import MakeModelConfig, make_model
 from trainer.metrics import METRICS_FILE, MetricsWriter, read_metrics
 from trainer.progress import Progress
 from trainer.run import Run, build_run
+from trainer.run_dir import RunDir
 from trainer.schedule_record import append_decision
 from trainer.tasks import TRAIN_START, Problem, get_task
 from trainer.tasks.synthetic import draw_repeat
@@ -263,7 +265,7 @@ def run_arm(plan: Plan, place: Place, arm: Arm, seed: int) -> None:
     seconds = time.perf_counter() - start_s
     if arm.kind == "warm":
         with whole_folder(place.draft) as draft:
-            shutil.copytree(folder / "draft", draft, dirs_exist_ok=True)
+            copy_published_draft(RunDir(folder), draft)
     done = place.done(arm, seed)
     done.parent.mkdir(exist_ok=True)
     with whole_folder(done) as kept:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import seconds
+from benchmarks.common import copy_published_draft, seconds
 from benchmarks.rl_on_gpu_analysis import Response, RunRecord, StepRecord
 from draft_models.config import DraftConfig
 from draft_models.eagle3 import Eagle3Config
@@ -32,6 +32,7 @@ from trainer.make_model import MakeModelConfig
 from trainer.metrics import METRICS_FILE, MetricsWriter, read_metrics
 from trainer.progress import Progress
 from trainer.run import build_run
+from trainer.run_dir import RunDir
 from trainer.tasks import get_task
 
 MAX_PROB_TOKENS = 8192  # of a step, on which E[max p] is computed
@@ -368,7 +369,7 @@ def run_arm(plan: Plan, place: Place, arm: Arm, seed: int, address: str = "") ->
     }
     if arm == OFFLINE:
         place.draft("offline").parent.mkdir(parents=True, exist_ok=True)
-        shutil.copytree(folder / "draft", place.draft("offline"), dirs_exist_ok=True)
+        copy_published_draft(RunDir(folder), place.draft("offline"))
     place.done.mkdir(parents=True, exist_ok=True)
     with whole_folder(place.finished(arm, seed)) as done:
         for name in (METRICS_FILE, RECORDS_FILE):

@@ -12,6 +12,7 @@ import pytest
 
 from benchmarks import draft_schedule as bench
 from benchmarks import draft_schedule_report as report
+from benchmarks import draft_schedule_runs
 from benchmarks.draft_schedule_runs import (
     ARMS,
     REHEARSAL,
@@ -25,6 +26,7 @@ from benchmarks.draft_schedule_runs import (
     run_config,
 )
 from benchmarks.plateau import most_of
+from rollout_engine.types import EngineError
 from trainer.config import ConfigError
 from trainer.config_check import validate
 
@@ -246,6 +248,22 @@ def test_a_real_run_does_not_go_on_behind_a_rehearsal(tmp_path: Path, monkeypatc
     (tmp_path / "untold" / "policy").mkdir(parents=True)
     with pytest.raises(ConfigError, match="untold holds runs of other settings, commit, hardware"):
         bench.main(["--work", str(tmp_path / "untold")])
+
+
+def test_a_draft_that_was_put_aside_is_no_start_for_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """As a run ends after an alarm of the sentinel."""
+    place = Place(tmp_path)
+    monkeypatch.setattr(
+        draft_schedule_runs,
+        "_train",
+        lambda config, folder, shock_step: (folder / "draft.not-published").mkdir(parents=True),
+    )
+    with pytest.raises(
+        EngineError, match=r"runs/warm-\d+: the run published no draft.* sentinel_alarm .*not-published$"
+    ):
+        draft_schedule_runs.run_arm(REHEARSAL, place, WARM, WARM_SEED)
+    assert not place.draft.exists() and not is_done(place, WARM, WARM_SEED)
+    assert (place.runs / f"warm-{WARM_SEED}" / "draft.not-published").exists(), "to be looked at"
 
 
 def test_an_arm_that_does_not_fit_the_budget_is_left_for_the_next_call(tmp_path: Path):
