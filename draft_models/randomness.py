@@ -8,7 +8,7 @@ arithmetic that wraps the same way on CPU and CUDA.
 
 from __future__ import annotations
 
-from enum import IntEnum
+from enum import IntEnum, unique
 
 import torch
 from torch import Tensor
@@ -28,6 +28,7 @@ class Purpose(IntEnum):
     GUMBEL = 3  # noise shared by target and draft, one value per token id
 
 
+@unique  # two names of one step would be two texts drawn with the same numbers
 class ReservedStep(IntEnum):
     """`step` of requests that belong to no step of training, whose steps begin at 0.
 
