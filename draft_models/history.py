@@ -33,7 +33,7 @@ _PROMPT_TOKEN_BYTES = 40
 _PROMPT_BYTES = 1400
 
 
-class Match(NamedTuple):
+class Match(NamedTuple):  # no frozen dataclass: a look-up makes one for every row, and those take longer to make
     """What followed the longest match of a text's end, and what kind of match that was."""
 
     tokens: tuple[int, ...]  # the proposal; at least one token
