@@ -148,10 +148,12 @@ def static_fraction(need: MemoryNeed, free_bytes: int, most: float, trainer: Tra
     """
     if need.least_bytes * _MARGIN > free_bytes * most:
         beside = "" if trainer is None else f", and the trainer will take {trainer}"
+        advice = "lower rollout.max_running_requests or rollout.context_length, or take a smaller model"
+        if trainer is not None and need.least_bytes * _MARGIN <= free_bytes * _STATIC_SHARE:  # alone it had room
+            advice = "set rollout.offload = true, lower draft.capture_max_bytes, or train on more GPUs"
         raise EngineConfigError(
             f"the GPU is too small: {gib(free_bytes)} are free, of which the engine may take {most:.0%} "
-            f"(rollout.sglang.mem_fraction_static); it needs {need}{beside}; lower rollout.max_running_requests or "
-            "rollout.context_length, or take a smaller model"
+            f"(rollout.sglang.mem_fraction_static); it needs {need}{beside}; {advice}"
         )
     return round(min(most, max(_LEAST_FRACTION, need.total_bytes * _MARGIN / free_bytes)), 3)
 

@@ -250,9 +250,16 @@ def test_a_trainer_that_will_grow_is_left_its_room() -> None:
     assert most_share(24 * GIB, trainer, offload=False) == pytest.approx(0.85 - 12.2 / 24)
     assert most_share(4 * GIB, trainer, offload=True) == 0.0
     need = MemoryNeed(GIB, GIB // 2, 1024, num_slots=16, tokens_per_slot=2**20)
-    told = r"too small: 8\.00 GiB .*policy 1\.00 GiB, draft 0\.50 GiB, KV 16\.00 GiB .*trainer will take Adam of the"
+    told = (
+        r"too small: 8\.00 GiB .*policy 1\.00 GiB, draft 0\.50 GiB, KV 16\.00 GiB .*trainer will take Adam of the.*; "
+    )
+    told += r"set rollout\.offload = true, lower draft\.capture_max_bytes, or train on more GPUs$"
     with pytest.raises(EngineConfigError, match=told):
         static_fraction(need, 8 * GIB, most_share(8 * GIB, trainer, offload=True), trainer)
+    with pytest.raises(
+        EngineConfigError, match=r"take 0%.*will take.*; lower .*context_length, or take a smaller model$"
+    ):
+        static_fraction(need, GIB, most_share(GIB, trainer, offload=True), trainer)  # too small for the engine alone
 
 
 def test_a_server_is_told_a_share_that_leaves_the_trainer_its_room(
