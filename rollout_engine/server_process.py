@@ -13,6 +13,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from time import monotonic, sleep
 
+import psutil
+
 from rollout_engine.types import EngineError
 
 _LOWEST_PORT = 10000
@@ -56,6 +58,13 @@ class ServerProcess:
     def log_tail(self, num_lines: int = 15) -> str:
         return log_tail(self._log, num_lines)
 
+    def listens_at(self, port: int) -> bool:
+        """Whether one of its processes listens at the TCP port, not another server that has it."""
+        try:
+            return any(_listens_at(process, port) for process in psutil.Process(self.pid).children(recursive=True))
+        except psutil.NoSuchProcess:  # the supervisor is gone
+            return False
+
     def wait_until(self, is_ready: Callable[[], bool], timeout_s: float) -> bool:
         """True once `is_ready`; False when `timeout_s` passed. Raises EngineError when the server ends before."""
         deadline_s = monotonic() + timeout_s
@@ -77,6 +86,14 @@ class ServerProcess:
             except subprocess.TimeoutExpired:  # processes that cannot die, as in a stuck driver call
                 self._process.kill()
                 self._process.wait()
+
+
+def _listens_at(process: psutil.Process, port: int) -> bool:
+    try:
+        connections = process.net_connections("tcp")
+    except psutil.Error:  # it has ended meanwhile
+        return False
+    return any(each.status == psutil.CONN_LISTEN and each.laddr.port == port for each in connections)
 
 
 def log_tail(log: Path, num_lines: int = 15) -> str:

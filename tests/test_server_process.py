@@ -121,6 +121,18 @@ def test_close_ends_every_process_and_may_be_repeated(tmp_path: Path) -> None:
     server.close()
 
 
+def test_a_server_listens_at_its_own_port_alone(tmp_path: Path) -> None:
+    port = free_port()
+    server = ServerProcess(server_command(tmp_path, port), tmp_path / "log", os.environ, tmp_path)
+    try:
+        assert server.wait_until(lambda: server.listens_at(port), LIMIT_S)
+        with socket.create_server(("127.0.0.1", 0)) as another:
+            assert not server.listens_at(another.getsockname()[1])
+    finally:
+        server.close()
+    assert not server.listens_at(port)
+
+
 def test_a_killed_supervisor_takes_the_server_with_it(tmp_path: Path) -> None:
     server = ServerProcess(server_command(tmp_path, free_port()), tmp_path / "log", os.environ, tmp_path)
     pids = read_pids(tmp_path)
