@@ -20,7 +20,7 @@ from rollout_engine.sglang_attach import attach_faults
 from rollout_engine.sglang_flags import command_line, server_settings
 from rollout_engine.sglang_install import update_protocol
 from rollout_engine.sglang_preflight import Ready, check_files, check_start, has_tokenizer, read_json
-from rollout_engine.sglang_wire import known_cause, last_words, port_was_taken
+from rollout_engine.sglang_wire import known_cause, last_words, taken_port
 from rollout_engine.types import EngineConfigError, EngineError
 
 _log = logging.getLogger(__name__)
@@ -105,7 +105,7 @@ def _start_at(port: int, settings: Mapping[str, Any], ready: Ready, timeout_s: f
     reached_at = "127.0.0.1" if ready.host == _ALL_HOSTS else ready.host
     client = HttpClient(f"http://{reached_at}:{port}")
     try:
-        _wait_until_healthy(process, client, timeout_s, log)
+        _wait_until_healthy(process, client, port, ready, timeout_s, log)
     except BaseException:
         client.close()
         process.close()
@@ -185,8 +185,14 @@ def _environment(device: str, work_dir: Path) -> dict[str, str]:
     return env
 
 
-def _wait_until_healthy(process: ServerProcess, client: HttpClient, timeout_s: float, log: Path) -> None:
+def _wait_until_healthy(
+    process: ServerProcess, client: HttpClient, port: int, ready: Ready, timeout_s: float, log: Path
+) -> None:
     def is_healthy() -> bool:
+        # Another run's server may have come to the port since our look. It would answer in place of ours, which only
+        # finds the port taken once its model is loaded, and would be sent this run's weights.
+        if not process.listens_at(port):
+            return False
         try:
             return client.call("GET", "/health", timeout_s=_HEALTH_TIMEOUT_S).ok
         except ServerUnreachable:
@@ -196,16 +202,26 @@ def _wait_until_healthy(process: ServerProcess, client: HttpClient, timeout_s: f
         healthy = process.wait_until(is_healthy, timeout_s)
     except EngineError as error:
         text = process.log_tail(_LOG_LINES)
-        cause = known_cause(text)
+        taken = taken_port(text)
+        users = _users_port(taken, ready.flags)
+        cause = f"{users} is taken: name another, or leave it out" if users else known_cause(text)
         what = f"the SGLang server did not start: {cause or last_words(text) or error}; {end_of_log(process, log)}"
-        if port_was_taken(text):
+        if taken and not users:
             raise _PortTaken(what) from None
         raise (EngineConfigError if cause else EngineError)(what) from None
     if not healthy:
+        another = port_is_taken(port, ready.host) and not process.listens_at(port)
         raise EngineError(
-            f"the SGLang server is not healthy after {timeout_s:.0f} s (rollout.sglang_start_timeout_s); "
-            f"{end_of_log(process, log)}"
+            f"the SGLang server is not healthy after {timeout_s:.0f} s (rollout.sglang_start_timeout_s)"
+            f"{f'; another process listens at its port {port}' if another else ''}; {end_of_log(process, log)}"
         )
+
+
+def _users_port(line: str, flags: Mapping[str, Any]) -> str:
+    """Which of the ports in [rollout.sglang] a line of the log names, as a setting; "" when it names none."""
+    numbers = set(re.findall(r"\d+", line))
+    given = {name: value for name, value in flags.items() if name.endswith("port")}
+    return next((f"rollout.sglang.{name} = {value}" for name, value in given.items() if str(value) in numbers), "")
 
 
 def cause_of_end(process: ServerProcess) -> str:

@@ -198,9 +198,16 @@ def known_cause(log: str) -> str:
     return ""
 
 
-def port_was_taken(log: str) -> bool:
-    """Whether a server ended because somebody has its port."""
-    return re.search(_PORT_TAKEN, log) is not None
+def taken_port(log: str) -> str:
+    """The line that says so where `known_cause` is that a port is taken; "" where it is another one, or none."""
+    for pattern, _ in _CAUSES:
+        if found := re.search(pattern, log):
+            return _line_at(log, found.start()) if pattern == _PORT_TAKEN else ""
+    return ""
+
+
+def _line_at(text: str, position: int) -> str:
+    return text[text.rfind("\n", 0, position) + 1 :].partition("\n")[0]
 
 
 def last_words(log: str) -> str:

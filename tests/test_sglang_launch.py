@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import json
 import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
@@ -14,7 +18,7 @@ from safetensors.torch import save_file
 from rollout_engine import server_process, sglang_launch
 from rollout_engine.config import RolloutConfig
 from rollout_engine.server_process import free_port, port_is_taken
-from rollout_engine.types import EngineConfigError
+from rollout_engine.types import EngineConfigError, EngineError
 
 PLAIN = RolloutConfig(engine="sglang", speculative_algorithm="NONE", device="cpu", max_running_requests=2)
 
@@ -34,7 +38,8 @@ starts = Path(os.environ["STARTS"])
 with starts.open("a") as file:
     file.write(port + " ")
 if len(starts.read_text().split()) <= int(os.environ["TAKES"]):
-    sys.exit("ERROR: [Errno 98] error while attempting to bind on address: address already in use")
+    taken = "ERROR: [Errno 98] error while attempting to bind on address: address already in use"
+    sys.exit(os.environ.get("SAYS", taken))
 HTTPServer((sys.argv[sys.argv.index("--host") + 1], int(port)), Healthy).serve_forever()
 """
 
@@ -48,6 +53,7 @@ def policy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (package / "_version.py").write_text("__version__ = version = '0.5.20'\n")
     (package / "srt" / "server_args.py").write_text(
         'class ServerArgs:\n    host: A[str, "of HTTP"] = "127.0.0.1"\n    port: A[int, "of HTTP"] = 30000\n'
+        '    nccl_port: A[int | None, "of NCCL"] = None\n'
     )
     (package / "launch_server.py").write_text(LAUNCH_SERVER)
     monkeypatch.setenv("PYTHONPATH", str(package.parent))
@@ -93,6 +99,66 @@ def test_a_port_that_the_user_gave_is_tried_once(policy: Path, monkeypatch: pyte
     with pytest.raises(EngineConfigError, match="its port is taken"):
         start(replace(PLAIN, sglang={"port": port}), policy)
     assert ports_tried(policy) == [str(port)]
+
+
+@pytest.mark.parametrize(
+    ("flags", "says", "cause"),
+    [
+        ({}, "Address already in use\ntorch.OutOfMemoryError: CUDA out of memory", "memory ran out"),
+        (
+            {"nccl_port": 29511},
+            "RuntimeError: failed to listen. port: 29511, code: -98, name: EADDRINUSE, message: address already in use",
+            "rollout.sglang.nccl_port = 29511 is taken",
+        ),
+    ],
+)
+def test_an_end_that_another_port_would_not_mend_is_said_at_once(
+    policy: Path, monkeypatch: pytest.MonkeyPatch, flags: dict[str, int], says: str, cause: str
+) -> None:
+    monkeypatch.setenv("TAKES", "99")
+    monkeypatch.setenv("SAYS", says)
+    with pytest.raises(EngineConfigError, match=cause):
+        start(replace(PLAIN, sglang=flags), policy)
+    assert len(ports_tried(policy)) == 1
+
+
+class Healthy(BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.end_headers()
+
+
+@contextmanager
+def another_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
+    """The port of a healthy server that is not ours, and came there after our look."""
+    with HTTPServer(("127.0.0.1", 0), Healthy) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        first_look = iter([False])
+        monkeypatch.setattr(
+            sglang_launch, "port_is_taken", lambda port, host: next(first_look, port_is_taken(port, host))
+        )
+        try:
+            yield server.server_port
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def test_another_server_at_the_port_is_not_taken_for_ours(policy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TAKES", "0")
+    with another_server(monkeypatch) as port, pytest.raises(EngineConfigError, match="its port is taken"):
+        start(replace(PLAIN, sglang={"port": port}), policy)
+    assert ports_tried(policy) == [str(port)]
+
+
+def test_another_server_at_the_port_is_said_when_ours_never_comes(
+    policy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (policy.parent / "packages" / "sglang" / "launch_server.py").write_text("import time\ntime.sleep(600)\n")
+    config = replace(PLAIN, sglang_start_timeout_s=1.0)
+    with another_server(monkeypatch) as port, pytest.raises(EngineError, match=f"another process .* port {port}"):
+        start(replace(config, sglang={"port": port}), policy)
 
 
 @pytest.mark.parametrize(("host", "reached_at"), [("127.0.0.2", "127.0.0.2"), ("0.0.0.0", "127.0.0.1")])
