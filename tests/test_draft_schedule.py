@@ -187,6 +187,17 @@ def test_a_level_that_cannot_be_regained_becomes_the_new_one() -> None:
     assert all(decision.share == 0 for decision in world.run(30))
 
 
+def test_a_fall_in_mid_recovery_is_answered_as_the_first_one() -> None:
+    """Else the steps that a recovery is given would be over before the second fall is mended."""
+    world = settled(speed=0.3)
+    world.level = 2.0
+    assert [decision.reason for decision in world.run(3)] == [Reason.DROP, Reason.RECOVER, Reason.RECOVER]
+    world.level = 1.3
+    assert [decision.reason for decision in world.run(3)] == [Reason.DROP, Reason.RECOVER, Reason.RECOVER]
+    world.run(8)
+    assert world.level > 2.3
+
+
 @pytest.mark.parametrize("quiet_steps", range(3))
 def test_a_fall_right_after_one_that_was_not_worth_training_is_seen_at_once(quiet_steps: int) -> None:
     """A sag that costs less than training starts a new level, from which the next fall is seen without delay."""

@@ -190,8 +190,26 @@ def judge(state: State, seen: Seen | None) -> Judgement:
     expected = _mean([p.accept_length for p in state.reference])
     expected += slope * (seen.entropy - _mean([p.entropy for p in state.reference]))
     residual = seen.accept_length - expected
-    fall = max(0.0, state.fall - residual / noise - SLACK) if state.phase is Phase.RESTING else 0.0
-    return Judgement(seen, expected, residual, residual / noise, fall, rise, late_rise, has_risen)
+    return Judgement(
+        seen,
+        expected,
+        residual,
+        residual / noise,
+        _fall(state, seen, residual, slope, noise),
+        rise,
+        late_rise,
+        has_risen,
+    )
+
+
+def _fall(state: State, seen: Seen, residual: float, slope: float, noise: float) -> float:
+    """The cumulative sum below the line while the draft rests; what one step took while it recovers; else 0."""
+    if state.phase is Phase.RESTING:
+        return max(0.0, state.fall - residual / noise - SLACK)
+    if state.phase is Phase.RECOVERING:
+        before = state.climb[-1]
+        return max(0.0, before.accept_length + slope * (seen.entropy - before.entropy) - seen.accept_length) / noise
+    return 0.0
 
 
 def fit(state: State, standard_error: float) -> tuple[float, float]:
@@ -236,9 +254,11 @@ def decide(state: State, judgement: Judgement, money: Money) -> Decision:
         if len(state.climb) < patience - 1:
             return Decision(max(1.0, burst), Reason.START)
         return Decision(burst, Reason.RISING) if burst else _quiet(state, judgement, money)
+    returning = _returning_burst(judgement, money) if judgement.has_fallen else 0.0
+    if returning:  # also in mid-recovery: it begins again from there
+        return Decision(returning, Reason.DROP)
     if state.phase is Phase.RESTING:
-        burst = _returning_burst(judgement, money) if judgement.has_fallen else 0.0
-        return Decision(burst, Reason.DROP) if burst else _quiet(state, judgement, money)
+        return _quiet(state, judgement, money)
     if not judgement.is_back and len(state.climb) < RECOVERY:  # later, only a rise says that it may come back
         burst = max(burst, 1.0, _returning_burst(judgement, money) if len(state.climb) < MIN_RISE else 0.0)
     return Decision(burst, Reason.RECOVER) if burst and money.steps_left else _quiet(state, judgement, money)
@@ -333,12 +353,13 @@ def advance(state: State, judgement: Judgement, decision: Decision) -> State:
     if decision.reason in _TRAINING:
         phase = _TRAINING[decision.reason]
         upright = len(state.reference) - state.falling  # what already sagged is no measure of how good it can be
+        climb, budgets = ((), ()) if decision.reason is Reason.DROP else (state.climb, state.budgets)
         return replace(
             state,
             phase=phase,
             reference=state.reference[:upright],
-            climb=(*state.climb, seen)[-WINDOW:],
-            budgets=(*state.budgets, decision.share)[-WINDOW:],
+            climb=(*climb, seen)[-WINDOW:],
+            budgets=(*budgets, decision.share)[-WINDOW:],
             fall=0.0,
             falling=0,
         )
