@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from draft_models.checkpoint import load_draft
+from draft_models.eagle3 import Eagle3, Eagle3Config
 from rollout_engine.config import RolloutConfig, SpeculationConfig
+from rollout_engine.memory import TrainerNeed
 from rollout_engine.sglang_checks import check_sglang
 from sync.receiver import WeightReceiver
 from tests import loop_helpers as helpers
+from trainer import run as run_module
 from trainer.config import RunConfig
+from trainer.hf_files import read_config
 from trainer.report import write_report
+from trainer.run import Run
+from trainer.run_dir import RunDir
 from trainer.sentinel_watch import SentinelWatch, can_stop, plain_rollout
+from trainer.serving import trainer_need
 
 Config = Callable[..., RunConfig]
 
@@ -71,6 +82,47 @@ def test_a_stale_draft_stops_speculation_and_the_run_goes_on(
     assert last["verify_steps"] > 0 and "draft_loss" in last
     mended = Path(again.run_dir) / "mended"
     assert (mended / "draft").exists() and not (mended / "draft.not-published").exists(), "of the earlier life"
+
+
+def test_a_draft_that_cannot_be_withdrawn_is_told(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else an earlier life's draft/ would stay there to be served."""
+    folder = helpers.run(config("withdrawn", num_rollout=1))
+    published, aside = folder / "draft", folder / "draft.not-published"
+    learner = SimpleNamespace(served=load_draft(published))
+
+    def refuse(source: Path, target: Path) -> None:
+        if source == published:
+            raise OSError(errno.EACCES, "Permission denied", str(source))
+        rename(source, target)
+
+    rename = os.rename
+    with monkeypatch.context() as patch, pytest.raises(PermissionError, match=str(published)):
+        patch.setattr(os, "rename", refuse)
+        Run._save_draft(SimpleNamespace(learner=learner), aside, published)
+    assert published.exists()
+    Run._save_draft(SimpleNamespace(learner=learner), aside, published)
+    assert aside.exists() and not published.exists()
+
+
+def test_the_engine_of_a_resumed_alarm_leaves_no_room_for_a_draft_that_is_not_trained(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = config("room", num_rollout=1)
+    folder = Path(settings.policy.hf_checkpoint)
+    draft = Eagle3(Eagle3Config.from_target(read_config(folder), settings.draft))
+    monkeypatch.setattr(run_module, "_plain_engine", lambda *arguments: arguments[-1])
+    monkeypatch.setattr(run_module, "build_engine", lambda *_, trainer, **__: trainer)
+
+    def left(*, plain: bool) -> TrainerNeed:
+        inputs, directory = SimpleNamespace(folder=folder, tokenizer=None), RunDir(folder / "none")
+        return run_module._start_engine(settings, inputs, draft, directory, None, plain=plain)
+
+    assert left(plain=False).draft_bytes > 0 and left(plain=False).capture_bytes > 0
+    assert (
+        left(plain=True)
+        == trainer_need(folder, settings, None)
+        == replace(left(plain=False), draft_bytes=0, capture_bytes=0, sync_bytes=left(plain=True).sync_bytes)
+    )
 
 
 def test_a_sound_run_is_left_alone(config: Config) -> None:

@@ -158,6 +158,10 @@ def test_a_server_leaves_what_the_trainer_is_yet_to_take(
     halves = replace(config, policy=PolicyConfig(tensor_model_parallel_size=2))
     halved = replace(need, policy_bytes=4 * num_policy, sync_bytes=2 * (2 * num_policy + num_draft))
     assert trainer_need(policy_dir, halves, draft) == halved
+    staged = replace(config, policy=PolicyConfig(pipeline_model_parallel_size=2))
+    assert trainer_need(policy_dir, staged, draft) == replace(halved, draft_bytes=0, capture_bytes=0), (
+        "on the last rank"
+    )
     tokenizer = load_tokenizer(policy_dir)
     started = build_engine(policy_dir, config.rollout, draft, tokenizer, tmp_path, trainer=need)
     assert isinstance(started, Started) and started.arguments["trainer"] == need

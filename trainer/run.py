@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import os
-import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -21,7 +20,7 @@ from rollout_engine.config import RolloutConfig
 from rollout_engine.memory import TrainerNeed
 from rollout_engine.sglang_checks import check_draft_vocabulary
 from rollout_engine.types import RolloutEngine, SamplingParams
-from sync.atomic import whole_folder
+from sync.atomic import remove_folder, whole_folder
 from sync.publish import SyncReport
 from trainer import loop
 from trainer.checkpoint import (
@@ -233,7 +232,8 @@ class Run:
         """`other` holds what an earlier life of the run thought of an earlier draft."""
         with whole_folder(place) as folder:
             save_draft(self.learner.served, folder)
-        shutil.rmtree(other, ignore_errors=True)
+        if other.exists():
+            remove_folder(other)  # an error is told: an old draft/ must not stay published
 
 
 def check_folder(config: RunConfig) -> RunDir:
@@ -388,7 +388,8 @@ def _start_engine(
 
     def start() -> None:
         if plain:
-            engines.append(_plain_engine(config, inputs, directory, trainer_need(inputs.folder, config, draft)))
+            to_come = trainer_need(inputs.folder, config, None)  # a draft out of service is not trained
+            engines.append(_plain_engine(config, inputs, directory, to_come))
             return
         engine = build_engine(
             inputs.folder,

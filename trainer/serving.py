@@ -145,21 +145,21 @@ def check_engine(rollout: RolloutConfig) -> None:
 
 
 def trainer_need(policy: Path, config: RunConfig, draft: Eagle3 | None) -> TrainerNeed:
-    """What training is yet to take of the engine's GPU, which is rank 0's."""
+    """What training is yet to take of the engine's GPU, which is rank 0's. `draft` None: none that is trained."""
     num_parts = config.policy.tensor_model_parallel_size * config.policy.pipeline_model_parallel_size
     shares = world_size() if config.policy.use_distributed_optimizer else num_parts
     num_params = count_parameters(policy)
     head_size = size_of(policy, "vocab_size", "its size") * size_of(policy, "hidden_size", "its size")
+    draft_is_here = config.policy.pipeline_model_parallel_size == 1  # else it and its data are on the last stage
     head_bytes = head_size * DTYPES[config.policy.dtype].itemsize
     return trainer_needed(
         policy_params=num_params,
         adam_params=num_params // shares,
         draft_params=sum(weight.numel() for weight in draft.parameters()) if draft is not None else 0,
-        # with a pipeline it is on the last rank
-        trains_draft=config.draft.when != "never" and config.policy.pipeline_model_parallel_size == 1,
+        trains_draft=config.draft.when != "never" and draft_is_here,
         itemsize=DTYPES[config.rollout.dtype].itemsize,
         gathers=num_parts > 1,
-        capture_bytes=config.draft.capture_max_bytes + head_bytes if draft is not None else 0,
+        capture_bytes=config.draft.capture_max_bytes + head_bytes if draft is not None and draft_is_here else 0,
     )
 
 
