@@ -352,6 +352,28 @@ def test_a_row_has_the_real_step_beside_the_profiled_one(late: bool):
     step_profile.show(common.console(), [first, second], SimpleNamespace(k=3, rule="rejection", temperature=1.0))
 
 
+def test_the_host_s_time_of_a_part_is_shown_once(capsys: pytest.CaptureFixture[str]):
+    """Its rows, with a graph and without, share it."""
+    figures = {"busy_ms": 0.5, "kernels": 2.0, "largest": []}
+    parts = [
+        {"part": "draft", "in_graph": True, "extent_ms": 0.7, **figures},
+        {"part": "draft", "in_graph": False, **figures},
+    ]
+    step_profile.show_parts(common.console(), {"parts": parts, "host_ms": {"draft": 3.125}}, "parts")
+    shown = capsys.readouterr().out
+    assert "draft, graph" in shown and "draft, no graph" in shown and shown.count("3.125") == 1
+
+
+def test_no_server_is_started_when_no_time_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(step_profile, "load_prompt_set", lambda args: PromptSet(((1, 2),), (0,)))
+    monkeypatch.setattr(step_profile, "served", lambda *_: pytest.fail("started"))
+    flags = ["--policy", "p", "--arms", "none", "--device", "cpu", "--limit-s", "-1", "--results", str(tmp_path / "r")]
+    with pytest.raises(
+        EngineError, match="0 rows, 1 faults; the first: none: no time was left to start: raise --limit-s"
+    ):
+        step_profile.main(flags)
+
+
 def test_a_trace_without_figures_is_a_reason_and_no_number(capsys: pytest.CaptureFixture[str]):
     host = [event for event in trace_of(TraceMaker.plain_step) if event.get("cat") != "kernel"]
     (without,) = rows_from(FakeHttp(host), "gpu+host")
