@@ -9,6 +9,7 @@ from torch import Tensor
 
 from draft_models.config import DraftConfig
 from draft_models.eagle3 import Eagle3, Eagle3Config
+from draft_models.training import DraftBatch, make_batch
 from draft_models.types import DraftSample
 
 TARGET_CONFIG = {
@@ -70,3 +71,9 @@ def random_sample(
         seed=seed,
         policy_version=0,
     )
+
+
+def batch_of(samples: list[DraftSample]) -> DraftBatch:
+    batch = make_batch(samples)
+    assert batch is not None
+    return batch
