@@ -15,6 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from rollout_engine import server_process
 from rollout_engine.server_process import ServerProcess, free_port, log_tail, port_is_taken
 from rollout_engine.types import EngineError
 
@@ -131,6 +132,20 @@ def test_a_server_listens_at_its_own_port_alone(tmp_path: Path) -> None:
     finally:
         server.close()
     assert not server.listens_at(port)
+
+
+def test_where_the_system_tells_nothing_a_server_is_taken_at_its_word(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = ServerProcess(server_command(tmp_path, free_port()), tmp_path / "log", os.environ, tmp_path)
+    try:
+        assert not server.listens_at(1)
+        monkeypatch.setattr(server_process, "_listens_at", lambda *_: False)
+        server_process._tells_who_listens.cache_clear()
+        assert server.listens_at(1)
+    finally:
+        server.close()
+        server_process._tells_who_listens.cache_clear()
 
 
 def test_a_killed_supervisor_takes_the_server_with_it(tmp_path: Path) -> None:
