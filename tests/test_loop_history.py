@@ -60,7 +60,7 @@ def test_a_run_is_bitwise_the_same_with_evaluations(config: Callable[..., RunCon
     left_alone = helpers.run(config("left_alone", num_rollout=4, eval_interval=0, **changes))
     lines = helpers.metrics(watched)
     assert all("eval_reward" in line for line in lines[1:])
-    assert sum(line.get("history_verify_steps", 0) > 0 for line in lines) >= 2, "evaluations come before history's steps"
+    assert any(line.get("history_verify_steps") for line in lines[1:]), "history drafts after an evaluation"
     without = [{key: value for key, value in line.items() if not key.startswith("eval_")} for line in lines]
     assert without == helpers.metrics(left_alone)
     for name in ("policy", "draft"):
