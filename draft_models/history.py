@@ -190,6 +190,7 @@ def indexed_token_bytes(min_match: int, max_match: int) -> int:
 
 
 def num_kinds(num_levels: int) -> int:
+    """How many kinds of match there are to tell apart by: by level, and by how many places agreed."""
     return num_levels * _SUPPORTS
 
 

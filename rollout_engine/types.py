@@ -26,6 +26,8 @@ class BadRequest(ValueError):
 
 
 class FinishReason(StrEnum):
+    """Why a response ended."""
+
     STOP = "stop"  # a stop id or a stop string
     LENGTH = "length"  # max_new_tokens or the context is used up
     ABORT = "abort"
@@ -46,6 +48,8 @@ class SamplingParams:
 
 @dataclass(frozen=True, slots=True)
 class RolloutRequest:
+    """One response to be sampled; (prompt_id, sample_id) is its key in a rollout."""
+
     prompt_id: int
     sample_id: int
     prompt_ids: tuple[int, ...]

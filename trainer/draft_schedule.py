@@ -109,6 +109,8 @@ class Money:
 
 
 class Phase(StrEnum):
+    """What the draft is at, which says how its acceptance is read."""
+
     LEARNING = "learning"
     RESTING = "resting"
     RECOVERING = "recovering"
