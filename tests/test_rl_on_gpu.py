@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from benchmarks import rl_on_gpu, rl_on_gpu_arms, rl_on_gpu_report, rl_on_gpu_start, sglang_kernels
 from benchmarks.rl_on_gpu_analysis import (
@@ -31,7 +32,8 @@ from benchmarks.rl_on_gpu_analysis import (
 )
 from benchmarks.rl_on_gpu_arms import ARMS, OFFLINE_SEED, REHEARSAL, Place
 from benchmarks.rl_on_gpu_goals import exactness_goal, goals, shortfall
-from rollout_engine.types import FinishReason, RolloutRequest, Sample
+from rollout_engine.types import FinishReason, RolloutRequest, Sample, SamplingParams
+from tests.rollout_engine_helpers import save_hf_model
 from trainer import make_model as make_model_module
 from trainer.config import ConfigError
 from trainer.make_model import Shape
@@ -340,6 +342,17 @@ def test_runs_of_another_plan_in_the_same_place_are_refused(tmp_path: Path, monk
     with pytest.raises(ConfigError, match="holds runs of other settings, commit, hardware, versions"):
         rl_on_gpu.experiment(args, plan)
     assert [path.name for path in tmp_path.iterdir()] == ["done"]
+
+
+def test_the_last_policys_highest_probabilities_are_known_without_any_capture(tmp_path: Path):
+    model = save_hf_model(tmp_path)
+    prompt, answer = (3, 7, 11), (5, 2, 9, 4)
+    sampling = SamplingParams(temperature=0.5)
+    sample = Sample(RolloutRequest(0, 0, prompt, sampling), answer, (0.0,) * 4, (), FinishReason.LENGTH)
+    with torch.no_grad():
+        laws_TV = (model.float()(torch.tensor([[*prompt, *answer]])).logits[0] / 0.5).softmax(-1)
+    expected = laws_TV[len(prompt) - 1 : -1].amax(-1).mean().item()
+    assert rl_on_gpu_arms.exported_max_prob(tmp_path, [sample], "float32") == pytest.approx(expected, abs=1e-4)
 
 
 def test_a_start_without_anything_to_learn_is_refused():
