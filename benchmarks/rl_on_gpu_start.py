@@ -105,11 +105,12 @@ class Servers:
 
     def start(self, arms: Sequence[Arm], policy: Path) -> None:
         """Begin to start what these arms need; `address` waits for it."""
+        ends = eos_token_ids(policy, load_tokenizer(policy))  # here: threads trip over each other's first import
         for arm in arms:
             if arm.server not in self._engines:
-                self._engines[arm.server] = self._pool.submit(self._start, arm, policy)
+                self._engines[arm.server] = self._pool.submit(self._start, arm, policy, ends)
 
-    def _start(self, arm: Arm, policy: Path) -> Any:
+    def _start(self, arm: Arm, policy: Path, ends: Sequence[int]) -> Any:
         from rollout_engine.sglang_engine import SGLangEngine
 
         draft = self._place.draft("reduced" if arm.draft == "reduced" else "random") if arm.draft else None
@@ -118,7 +119,7 @@ class Servers:
             policy,
             server_config(self._plan, arm, draft),
             draft=draft,
-            eos_token_ids=eos_token_ids(policy, load_tokenizer(policy)),
+            eos_token_ids=ends,
             work_dir=self._place.work / "servers" / arm.server,
             serves_files=True,
         )

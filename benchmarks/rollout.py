@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -288,7 +288,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
     if args.threads:
         torch.set_num_threads(args.threads)
-    rows = sglang_rows(args) if args.engine == "sglang" else torch_rows(args)
     shared = {
         "policy": str(args.policy),
         "rule": "greedy" if args.temperature == 0 else args.rule,
@@ -297,10 +296,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         "max_new_tokens": args.max_new_tokens,
         "seeds": args.seeds,
     }
-    append_results(args.results, [shared | row for row in rows], provenance("benchmarks.rollout"))
+    origin = provenance("benchmarks.rollout")
+    for rows in sglang_rows(args) if args.engine == "sglang" else torch_rows(args):
+        append_results(args.results, [shared | row for row in rows], origin)  # whatever happens to those to come
+        print(f"batch size {rows[0]['batch_size']}: measured", flush=True)
 
 
-def torch_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
+def torch_rows(args: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
+    """The rows of one batch size after another; all of them are shown at the end."""
     policy = load_policy(args.policy, args.prompts, data_config(args), args.dtype, args.device)
     draft = None
     if "eagle3" in args.spec:
@@ -310,15 +313,20 @@ def torch_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
             save_draft(draft, args.save_draft)
     if args.save_cost_table:
         save_cost_table(args, policy, draft)
-    rows = [row for batch_size in args.batch_sizes for row in measure(args, policy, draft, batch_size)]
-    show(console(), rows, args, policy)
-    return [{"policy_note": policy.note, "controller": args.controller} | row for row in rows]
+    all_rows = []
+    for batch_size in args.batch_sizes:
+        all_rows += (rows := measure(args, policy, draft, batch_size))
+        yield [{"policy_note": policy.note, "controller": args.controller} | row for row in rows]
+    show(console(), all_rows, args, policy)
 
 
-def sglang_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
-    rows = rollout_sglang.measure_all(args)
-    rollout_sglang.show(console(150), rows, args)
-    return [{"engine": "sglang"} | row for row in rows]
+def sglang_rows(args: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
+    """The rows of one batch size after another; all of them are shown at the end."""
+    all_rows = []
+    for rows in rollout_sglang.measure_all(args):
+        all_rows += rows
+        yield [{"engine": "sglang"} | row for row in rows]
+    rollout_sglang.show(console(150), all_rows, args)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """The arms of `benchmarks.rollout --engine sglang`: rollouts through Slipstream's engine, and SGLang driven directly.
 
-One server for each kind of speculation, all kept up on one GPU with a small share of its memory each; one is measured
-at a time. A wave is one `generate` of as many requests as the batch size says, from their submission to the last one's
-end. Before each run of an arm SGLang's prefix cache is emptied, and with it the n-gram trie, so that no arm profits
-from what another arm or an earlier seed computed.
+One server for each kind of speculation, all kept up on one GPU; one is measured at a time. A wave is one `generate` of
+as many requests as the batch size says, from their submission to the last one's end. Before each run of an arm SGLang's
+prefix cache is emptied, and with it the n-gram trie, so that no arm profits from what another arm or an earlier seed
+computed.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -76,7 +77,9 @@ DIRECT_SETTINGS = (
     "speculative_attention_mode",
     "speculative_draft_attention_backend",
 )
-MEM_FRACTION_STATIC = 0.1  # of a GPU, unless a flag says otherwise: several servers share it
+# Of a GPU, unless a flag says otherwise. Servers start side by side, and each takes the KV that its places need: the
+# share is a limit that none of them reaches.
+MEM_FRACTION_STATIC = 0.7
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +127,7 @@ def waves_of(prompts: PromptSet, sampling: SamplingParams, batch_size: int, coun
 
 
 def engine_config(args: argparse.Namespace, spec: str, prompts: PromptSet) -> RolloutConfig:
-    """Settings of one server: places (and graphs) for the largest batch at its longest, a small share of the GPU."""
+    """Settings of one server: places (and graphs) for the largest batch at its longest."""
     flags: dict[str, Any] = {"sleep_on_idle": True}  # a scheduler without work would else poll, on a core of its own
     if args.device != "cpu":
         flags |= {"mem_fraction_static": MEM_FRACTION_STATIC}
@@ -165,10 +168,9 @@ def run_arm(arm: Arm, waves: Callable[[int], list[list[RolloutRequest]]], seed: 
     return joined([arm.run(wave) for wave in waves(seed)])
 
 
-def measure(args: argparse.Namespace, arms: Sequence[Arm], prompts: PromptSet) -> list[dict[str, Any]]:
-    """Every arm at every batch size. A seed that is not measured warms each arm up at each batch size."""
+def measure(args: argparse.Namespace, arms: Sequence[Arm], prompts: PromptSet) -> Iterator[list[dict[str, Any]]]:
+    """The rows of one batch size after another. A seed that is not measured warms each arm up at each batch size."""
     sampling = SamplingParams(args.temperature, args.top_p, args.top_k, args.max_new_tokens)
-    rows = []
     for batch_size in args.batch_sizes:
         count = max(args.waves, -(-args.min_requests // batch_size))
         waves = partial(waves_of, prompts, sampling, batch_size, count)
@@ -176,8 +178,7 @@ def measure(args: argparse.Namespace, arms: Sequence[Arm], prompts: PromptSet) -
         for call in callables.values():
             call(args.first_seed - 1)
         runs = interleaved(callables, range(args.first_seed, args.first_seed + args.seeds))
-        rows += [{"batch_size": batch_size, **row} for row in rows_of(arms, runs)]
-    return rows
+        yield [{"batch_size": batch_size, **row} for row in rows_of(arms, runs)]
 
 
 def rows_of(arms: Sequence[Arm], runs: Mapping[str, Sequence[ArmRun]]) -> list[dict[str, Any]]:
@@ -235,23 +236,36 @@ def show(out: Console, rows: Sequence[dict[str, Any]], args: argparse.Namespace)
         out.print(f"NOT EXACT: {reason}", markup=False)
 
 
-def start_arms(args: argparse.Namespace, prompts: PromptSet, work_dir: Path, stack: ExitStack) -> list[Arm]:
-    """Every server and anchor, one start after another: SGLang sizes its cache by the memory that is free then."""
-    arms = []
-    for spec in args.spec:
-        config = engine_config(args, spec, prompts)
-        draft = args.draft.resolve() if spec == "eagle3" else None
+def start_servers(
+    args: argparse.Namespace, prompts: PromptSet, work_dir: Path, stack: ExitStack
+) -> dict[str, SGLangEngine]:
+    """One for each kind of speculation, side by side. Raises EngineError when one does not start; `stack` closes all
+    that did."""
+
+    def start(spec: str) -> SGLangEngine:
         folder = work_dir / spec
         folder.mkdir(parents=True, exist_ok=True)
         engine = SGLangEngine(
             args.policy.resolve(),
-            config,
-            draft=draft,
+            engine_config(args, spec, prompts),
+            draft=args.draft.resolve() if spec == "eagle3" else None,
             eos_token_ids=prompts.eos_token_ids,
             work_dir=folder,
             serves_files=True,
         )
         stack.callback(engine.close)
+        return engine
+
+    with ThreadPoolExecutor(len(args.spec)) as pool:
+        starting = {spec: pool.submit(start, spec) for spec in args.spec}
+    return {spec: started.result() for spec, started in starting.items()}
+
+
+def start_arms(args: argparse.Namespace, prompts: PromptSet, work_dir: Path, stack: ExitStack) -> list[Arm]:
+    """Servers and anchors. The offline engines start when all servers are up, one after another."""
+    arms = []
+    for spec, engine in start_servers(args, prompts, work_dir, stack).items():
+        config = engine_config(args, spec, prompts)
         http = DirectHttp(engine.address, prompts.eos_token_ids)
         about = about_server(http.settings()) | {"lossy": lossy_settings(config)}
         arms.append(Arm(spec, OURS, partial(run_wave, engine), http.flush, about))
@@ -260,7 +274,7 @@ def start_arms(args: argparse.Namespace, prompts: PromptSet, work_dir: Path, sta
         if "http" in args.direct:
             arms.append(Arm(spec, "http", http.run, http.flush, about))
         if "engine" in args.direct:
-            arms.append(start_direct(spec, config, http, folder, stack))
+            arms.append(start_direct(spec, config, http, work_dir / spec, stack))
     return arms
 
 
@@ -285,12 +299,13 @@ def about_server(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {f"sglang_{name}": settings.get(name) for name in ("version", "attention_backend", "sampling_backend")}
 
 
-def measure_all(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Start everything, measure, stop everything. Raises EngineError for what does not start or dies."""
+def measure_all(args: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
+    """Start everything, yield the rows of each batch size as they come, stop everything. Raises EngineError for what
+    does not start or dies."""
     prompts = load_prompt_set(args)
     with ExitStack() as stack:
         work_dir = args.work_dir or Path(stack.enter_context(TemporaryDirectory(prefix="slipstream-bench-")))
-        return measure(args, start_arms(args, prompts, work_dir, stack), prompts)
+        yield from measure(args, start_arms(args, prompts, work_dir, stack), prompts)
 
 
 def settings_from(rest: Sequence[str]) -> RolloutConfig:

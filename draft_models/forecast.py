@@ -129,11 +129,13 @@ def forecast_acceptance(posterior_QK: Tensor, num_chains: Sequence[int], depth: 
 def _renewal(step_BCM: Tensor, exists_BC: Tensor) -> Tensor:
     """P(a verification starts at rank c): 1 at rank 0, then from rank c on to c + n + 1 with step_BCM[b, c, n]."""
     num_samples, num_chains, num_steps = step_BCM.shape
-    # Ranks in front: a rank's steps then lie side by side, and three small operations a rank are all that it takes.
     start_CB = step_BCM.new_zeros(num_chains + num_steps, num_samples)
     start_CB[0] = 1.0
-    for rank, step_MB in enumerate(step_BCM.permute(1, 2, 0).contiguous().unbind(0)):
-        start_CB.narrow(0, rank + 1, num_steps).addcmul_(start_CB[rank], step_MB)
+    # Ranks in front: a rank's steps then lie side by side. And NumPy, whose calls cost a third of torch's: there are a
+    # few for every rank of the longest text, on numbers that are quickly added.
+    start = start_CB.numpy()
+    for rank, step_MB in enumerate(step_BCM.permute(1, 2, 0).contiguous().numpy(), start=1):
+        start[rank : rank + num_steps] += start[rank - 1] * step_MB
     return start_CB[:num_chains].t() * exists_BC
 
 

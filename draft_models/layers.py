@@ -214,15 +214,22 @@ class FastNumerics:
 
 
 class MixedNumerics(FastNumerics):
-    """Products of half-precision operands; norms, sums and the weights themselves stay as they are. For training."""
+    """Products of half-precision operands; norms, sums and the weights themselves stay as they are. For training.
+
+    For one forward: it keeps each weight's half-precision copy, which a recurrent forward reads at every step (as
+    autocast does), so that the gradients of the steps are added up in half precision too.
+    """
 
     def __init__(self, product_dtype: torch.dtype) -> None:
         super().__init__()
         self._product_dtype = product_dtype
+        self._halves: dict[torch.Tensor, torch.Tensor] = {}  # tensors are told apart by identity
 
     def linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         half = self._product_dtype
-        return F.linear(x.to(half), weight.to(half), None if bias is None else bias.to(half))
+        if weight not in self._halves:
+            self._halves[weight] = weight.to(half)
+        return F.linear(x.to(half), self._halves[weight], None if bias is None else bias.to(half))
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         return super().rms_norm(x, weight, eps).to(self._product_dtype)  # every norm feeds a product

@@ -310,6 +310,18 @@ def test_bad_arguments_of_the_sglang_arms(arguments: str, said: str, capsys: pyt
     assert said in capsys.readouterr().err
 
 
+def test_what_was_measured_is_kept_when_a_server_dies_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def measured(args):
+        yield [{"batch_size": 1, "arm": "none"}]
+        raise EngineError("the server died")
+
+    monkeypatch.setattr(rollout_sglang, "measure_all", measured)
+    results = tmp_path / "rows.jsonl"
+    with pytest.raises(EngineError, match="died"):
+        rollout.main(["--policy", "x", "--engine", "sglang", "--spec", "none", "--results", str(results)])
+    assert [json.loads(line)["batch_size"] for line in results.read_text().splitlines()] == [1]
+
+
 def test_each_server_has_a_place_for_the_largest_batch_at_its_longest():
     flags = "--engine sglang --spec none,eagle3 --draft d --batch-sizes 1,128,8 --max-new-tokens 50 --k 2"
     args = rollout.parse(["--policy", "x", *flags.split(), "--device", "cuda", "--sglang-page-size", "1"])

@@ -202,7 +202,7 @@ class DraftLearner:
         Returns sums over the group, and the forecast's posteriors of each batch when they are asked for.
         """
         weight = self._global_weight(batches)
-        self._optimizer.zero_grad(set_to_none=False)
+        self._optimizer.zero_grad()
         sums = torch.zeros(1 + self.config.unroll, 5, dtype=torch.float64, device=self._device)
         found = []
         for batch in batches:
