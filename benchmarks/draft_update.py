@@ -108,6 +108,7 @@ def measure(args: argparse.Namespace, compute_dtype: str) -> dict[str, Any]:
     peak = peak_gib()
     with phases_of(learner, _PHASES) as phases_ms:
         whole_ms = 1e3 * seconds(lambda: learner.update(states, plan))
+    phases_ms["backward"] -= phases_ms["forward_and_loss"]  # which it calls
     phases_ms["batch_and_metrics"] = whole_ms - sum(phases_ms.values())
     median_s = statistics.median(times_s)
     counted = count(shape, [len(s.token_ids) for s in taken], args.unroll)

@@ -37,6 +37,7 @@ def test_draft_update_writes_a_line_for_each_dtype(tmp_path: Path) -> None:
     found = rows(tmp_path / "d.jsonl")
     assert [row["compute_dtype"] for row in found] == ["bfloat16", "float32"]
     assert all(row["tokens_per_s"] > 0 and row["counted"]["tflop"] > 0 for row in found)
+    assert all(ms >= 0 for row in found for ms in row["phases_ms"].values())  # none counted twice
 
 
 def test_counted_draft_work_is_what_torch_counts() -> None:
