@@ -50,6 +50,8 @@ from benchmarks.rl_on_gpu_start import (
 from trainer.config import ConfigError
 
 START_REWARD = (0.05, 0.85)  # outside, RL has nothing to learn from, or nothing left to learn
+MOST_MAX_PROB = 0.85  # E[max p] above which a draft has it easy
+LONG_TAIL = 3.0  # p99 over p50 of the response lengths, at least: batches that shrink are where speculation pays
 FIRST_GUESS_S = 120.0  # of an arm, before one has been measured
 MODULE = "benchmarks.rl_on_gpu"
 
@@ -114,6 +116,16 @@ def prepare(plan: Plan, place: Place, jobs: Sequence[tuple[Arm, int]], servers: 
 
 
 def check_start(start: Mapping[str, Any], plan: Plan) -> None:
+    if start["max_prob"] > MOST_MAX_PROB:
+        raise ConfigError(
+            f"the start policy's E[max p] is {start['max_prob']:.3f}, above {MOST_MAX_PROB}: such text is easy "
+            "to draft; remove --work and give another --size or --warm-start-s, or --any-start"
+        )
+    if start["p99"] < LONG_TAIL * start["p50"]:
+        raise ConfigError(
+            f"the start policy's responses have no long tail: p99 {start['p99']:.0f}, p50 {start['p50']:.0f} tokens; "
+            "remove --work and give another --max-response-len or --warm-start-s, or --any-start"
+        )
     low, high = START_REWARD
     if not low <= start["reward"] <= high:
         raise ConfigError(
@@ -189,7 +201,11 @@ def parse(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, Plan]:
     add("--seeds", type=integers, default=(0, 1), help="default: 0,1")
     add("--budget-s", type=float, default=520.0, help="no arm begins that would end later than this (default 520)")
     add("--rehearse", action="store_true", help="tiny sizes and the embedded engine")
-    add("--any-start", action="store_true", help="go on although the start policy's reward leaves little to learn")
+    add(
+        "--any-start",
+        action="store_true",
+        help="go on from a policy that is too good, too bad, too certain or too even",
+    )
     add("--sglang", action="append", default=[], metavar="NAME=VALUE", help="a further flag of SGLang's server")
     add("--allow-lossy", action="store_true", help="for a rehearsal with SGLang on a CPU, which verifies greedily")
     for name, options in _options():

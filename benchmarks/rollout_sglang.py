@@ -267,7 +267,7 @@ def start_arms(args: argparse.Namespace, prompts: PromptSet, work_dir: Path, sta
     for spec, engine in start_servers(args, prompts, work_dir, stack).items():
         config = engine_config(args, spec, prompts)
         http = DirectHttp(engine.address, prompts.eos_token_ids)
-        about = about_server(http.settings()) | {"lossy": lossy_settings(config)}
+        about = about_server(http.settings()) | {"lossy": lossy_settings(config), "reproducible": False}
         arms.append(Arm(spec, OURS, partial(run_wave, engine), http.flush, about))
         if spec not in args.direct_spec:
             continue
@@ -289,7 +289,7 @@ def start_direct(spec: str, config: RolloutConfig, http: DirectHttp, folder: Pat
         environment["SGLANG_USE_CPU_ENGINE"] = "1"
     direct = DirectEngine(python, given, http.eos_token_ids, folder / "direct.log", environment)
     stack.callback(direct.close)
-    about = about_server(direct.settings()) | {"lossy": lossy_settings(config)}
+    about = about_server(direct.settings()) | {"lossy": lossy_settings(config), "reproducible": False}
     about |= {"setting_differences": setting_differences(settings, direct.settings())}
     return Arm(spec, "engine", direct.run, direct.flush, about)
 

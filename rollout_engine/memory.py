@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from math import prod
+from dataclasses import dataclass, replace
+from math import ceil, prod
 from pathlib import Path
 from typing import Any
 
@@ -141,21 +141,56 @@ def most_share(free_bytes: int, trainer: TrainerNeed | None, *, offload: bool) -
     return left if offload else min(_TRAINER_SHARE, left)
 
 
-def static_fraction(need: MemoryNeed, free_bytes: int, most: float, trainer: TrainerNeed | None = None) -> float:
+def static_fraction(
+    need: MemoryNeed,
+    free_bytes: int,
+    most: float,
+    trainer: TrainerNeed | None = None,
+    *,
+    offload: bool = False,
+    is_given: bool = False,
+) -> float:
     """The share of the free memory for weights and KV: what all slots need, and no more than `most`.
 
-    Raises EngineConfigError when `most` does not hold the weights and one request. `trainer` is named there alone.
+    `most` is the user's own word where it `is_given`, `most_share` otherwise. Raises EngineConfigError, with what to
+    change, when it does not hold the weights and one request.
     """
-    if need.least_bytes * _MARGIN > free_bytes * most:
+    least = need.least_bytes * _MARGIN / free_bytes
+    if least > most:
+        what, advice = "the GPU is too small", ""
+        own = most_share(free_bytes, trainer, offload=offload) if is_given else most
+        if own > most:
+            what = f"rollout.sglang.mem_fraction_static = {most} is too small"
+            advice = f"raise it to at least {ceil(1000 * least) / 1000}, or leave it out"
+        if own < least:
+            ways = _ways_to_fit(need, free_bytes, max(most, own), trainer, offload=offload)
+            advice = ("leave it out, and " if own > most else "") + ", or ".join(ways)
         beside = "" if trainer is None else f", and the trainer will take {trainer}"
-        advice = "lower rollout.max_running_requests or rollout.context_length, or take a smaller model"
-        if trainer is not None and need.least_bytes * _MARGIN <= free_bytes * _STATIC_SHARE:  # alone it had room
-            advice = "set rollout.offload = true, lower draft.capture_max_bytes, or train on more GPUs"
         raise EngineConfigError(
-            f"the GPU is too small: {gib(free_bytes)} are free, of which the engine may take {most:.0%} "
-            f"(rollout.sglang.mem_fraction_static); it needs {need}{beside}; {advice}"
+            f"{what}: {gib(free_bytes)} are free, of which the engine may take {most:.0%} "
+            f"(rollout.sglang.mem_fraction_static); it needs {need}, at the least {gib(need.least_bytes * _MARGIN)} "
+            f"for the models, one request and a margin{beside}; {advice}"
         )
     return round(min(most, max(_LEAST_FRACTION, need.total_bytes * _MARGIN / free_bytes)), 3)
+
+
+def _ways_to_fit(
+    need: MemoryNeed, free_bytes: int, most: float, trainer: TrainerNeed | None, *, offload: bool
+) -> list[str]:
+    """What to change, each enough by itself, so that `most` of the free memory holds the weights and one request."""
+    least = need.least_bytes * _MARGIN / free_bytes
+    ways = []
+    if trainer is not None:
+        if not offload and least <= most_share(free_bytes, trainer, offload=True):
+            ways.append("set rollout.offload = true")
+        if least <= most_share(free_bytes, replace(trainer, capture_bytes=0), offload=offload):
+            ways.append("lower draft.capture_max_bytes")
+        if least <= most_share(free_bytes, replace(trainer, policy_bytes=0), offload=offload):
+            ways.append("train on more GPUs")  # Adam is spread over them
+    left_bytes = free_bytes * most / _MARGIN - need.policy_bytes - need.draft_bytes
+    if (num_tokens := int(left_bytes // need.kv_bytes_per_token)) > 0:
+        ways.append(f"lower rollout.context_length to {num_tokens} or less")
+    return [*ways, "take a smaller model or a GPU with more free memory"]
 
 
 def count_parameters(folder: Path) -> int:

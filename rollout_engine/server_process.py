@@ -145,12 +145,22 @@ def _first_ephemeral_port() -> int:
 
 def port_is_taken(port: int, host: str = "127.0.0.1") -> bool:
     """Whether another process listens there, or it is otherwise not to be had."""
+    return _bind_errno(port, host) != 0
+
+
+def port_is_forbidden(port: int, host: str = "127.0.0.1") -> bool:
+    """Whether this user may not listen there, whoever else does: on most systems below 1024, without root's rights."""
+    return _bind_errno(port, host) == errno.EACCES
+
+
+def _bind_errno(port: int, host: str) -> int:
+    """EADDRINUSE or EACCES, or 0 when the port is to be had."""
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
         except OSError as error:
             if error.errno in (errno.EADDRINUSE, errno.EACCES):
-                return True
+                return error.errno
             raise
-    return False
+    return 0

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -11,21 +13,24 @@ from rollout_engine.sglang_checks import PREFERRED, THRESHOLDS, below_one
 from sync.wire import LOADER
 
 _KV_DTYPE = "kv_cache_dtype"
+_ADAPTIVE = "speculative_adaptive"
 _SILENT_CAP = 48  # requests that SGLang runs at once under speculation when it is not told how many
 
 
 def attach_faults(info: Mapping[str, Any], config: RolloutConfig, policy: Path, context_length: int) -> list[str]:
     """In what a running server, described by its /server_info, is not the one that `config` asks for."""
     if "version" not in info:
-        return ["what answers there does not describe itself as SGLang"]
+        return ["what answers there does not describe itself as SGLang: start one with slipstream serve"]
+    flags = {name.replace("-", "_"): value for name, value in config.sglang.items()}
     faults = [
         f"it runs with {name} = {info.get(name)!r}, the run asks for {value!r}"
-        for name, value in _wanted(info, config).items()
+        for name, value in _wanted(info, config, flags).items()
         if info.get(name) != value
     ]
-    kv_dtype, wanted = info.get(_KV_DTYPE), config.sglang.get(_KV_DTYPE)
+    kv_dtype, wanted = info.get(_KV_DTYPE), flags.pop(_KV_DTYPE, None)
     if _kv_dtype(kv_dtype, config) != _kv_dtype(wanted, config):
         faults.append(f"it runs with {_KV_DTYPE} = {kv_dtype!r}, the run asks for {wanted or 'auto'!r}")
+    faults += _flag_faults(info, flags)
     faults += _size_faults(info, config, context_length)
     if config.speculative_algorithm != "NONE" and not config.allow_lossy:
         faults += [
@@ -44,7 +49,7 @@ def attach_faults(info: Mapping[str, Any], config: RolloutConfig, policy: Path, 
     return faults
 
 
-def _wanted(info: Mapping[str, Any], config: RolloutConfig) -> dict[str, Any]:
+def _wanted(info: Mapping[str, Any], config: RolloutConfig, flags: Mapping[str, Any]) -> dict[str, Any]:
     """The values that the server's settings must have, by name."""
     algorithm, depth = config.speculative_algorithm, config.speculative_num_steps
     wanted: dict[str, Any] = {
@@ -60,11 +65,37 @@ def _wanted(info: Mapping[str, Any], config: RolloutConfig) -> dict[str, Any]:
         wanted["speculative_num_draft_tokens"] = depth + 1
     if algorithm == "EAGLE3":
         wanted |= {"speculative_num_steps": depth, "speculative_eagle_topk": 1}
+        if _ADAPTIVE in info and _ADAPTIVE not in flags:
+            wanted[_ADAPTIVE] = False  # the sentinel's forecast is of a fixed depth
         if info.get("device") != "cpu":
             wanted["speculative_use_rejection_sampling"] = config.verify_rule == "rejection"
     if config.offload:
         wanted["enable_memory_saver"] = True
+        if algorithm == "EAGLE3":
+            wanted["enable_draft_weights_cpu_backup"] = True  # else its rope tables, no part of a sync, are lost
     return wanted
+
+
+def _flag_faults(info: Mapping[str, Any], flags: Mapping[str, Any]) -> Iterator[str]:
+    """In which of [rollout.sglang], which nothing can apply to a running server, it says another thing of itself."""
+    for name, asked in flags.items():
+        flag = f"--sglang-{name.replace('_', '-')}"
+        if name not in info:
+            matches = get_close_matches(name, list(info), n=1, cutoff=0.5)
+            hint = f" (did you mean {matches[0]}?)" if matches else ""
+            yield f"it names no flag {name}{hint}: leave {flag} out"
+        elif not _is_same(info[name], asked):
+            yield (
+                f"it runs with {name} = {info[name]!r}, the run asks for {asked!r}: start the server with it, or leave "
+                f"{flag} out"
+            )
+
+
+def _is_same(found: Any, asked: Any) -> bool:
+    """A command line gives false by not naming the flag, and a table as JSON: the server may have either form."""
+    if asked is False:
+        return found in (False, None)
+    return bool(found == asked or (isinstance(asked, dict) and found == json.dumps(asked)))
 
 
 def _kv_dtype(name: str | None, config: RolloutConfig) -> str:

@@ -101,9 +101,11 @@ async def _answered(work: Coroutine[Any, Any, None], answers: Sequence[asyncio.F
     except (KeyError, TypeError, AttributeError) as found:
         error = ValueError(f"the server's stream lacks or garbles a field ({type(found).__name__}: {found})")
     finally:
-        for answer in answers:
-            if not answer.done():
-                answer.set_exception(error)
+        unanswered = [answer for answer in answers if not answer.done()]
+        if isinstance(error, Refused) and len(unanswered) > 1:
+            error = Refused(f"{error}; SGLang does not say which of {len(unanswered)} requests in one call it means")
+        for answer in unanswered:
+            answer.set_exception(error)
 
 
 def _refusal(reply: Reply) -> Refused:

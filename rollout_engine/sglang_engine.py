@@ -151,11 +151,6 @@ class SGLangEngine:
         if self._process is not None and self._process.exit_status is not None:
             raise EngineError(self._why_unreachable("it is gone"))
 
-    @property
-    def reproducible(self) -> bool:
-        """False when seeds do not determine the samples: SGLang ignores them while verifying, so none are sent."""
-        return self._config.temperature == 0
-
     def generate(self, requests: Iterable[RolloutRequest]) -> Iterator[Sample]:
         """Samples as they finish, in no fixed order. See `RolloutEngine`; seeds of the requests are not used.
 

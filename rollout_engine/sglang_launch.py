@@ -7,11 +7,13 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from draft_models.eagle3 import Eagle3Config
 from rollout_engine.config import RolloutConfig
 from rollout_engine.http_client import HttpClient, ServerUnreachable
 from rollout_engine.memory import TrainerNeed, count_parameters, gib, memory_needed, most_share, static_fraction
@@ -19,14 +21,14 @@ from rollout_engine.server_process import ServerProcess, free_port, port_is_take
 from rollout_engine.sglang_attach import attach_faults
 from rollout_engine.sglang_flags import command_line, server_settings
 from rollout_engine.sglang_install import update_protocol
-from rollout_engine.sglang_preflight import Ready, check_files, check_start, has_tokenizer, read_json
+from rollout_engine.sglang_preflight import GRPC_ABOVE, Ready, check_files, check_start, has_tokenizer, read_json
 from rollout_engine.sglang_wire import known_cause, last_words, taken_port
 from rollout_engine.types import EngineConfigError, EngineError
 
 _log = logging.getLogger(__name__)
 _PROJECT = Path(__file__).resolve().parent.parent
-_GRPC_ABOVE = 10000  # SGLang 0.5.15 takes the port so far above for gRPC and refuses to start without one
 _PORT_TRIES = 3
+_ANOTHER_PORT = "name another, or leave it out to have a free one chosen"
 _ALL_HOSTS = "0.0.0.0"
 _HEALTH_TIMEOUT_S = 30.0
 _LOG_LINES = 2000  # among which the cause of an end is looked for: libraries say much as they go
@@ -62,9 +64,7 @@ def start(
     """
     ready = check_start(config)
     check_files(config, policy, draft)
-    given_port = ready.flags.get("port")
-    if given_port and port_is_taken(given_port, ready.host):
-        raise EngineConfigError(f"rollout.sglang.port = {given_port} is taken: name another, or leave it out")
+    given_port = _given_port(ready)
     share = _memory_share(config, policy, draft, ready, context_length, trainer)
     settings = server_settings(
         config,
@@ -87,12 +87,44 @@ def start(
     return _start_at(_port(ready.host), settings, ready, config.sglang_start_timeout_s, work_dir)
 
 
+def check_launch(
+    config: RolloutConfig,
+    policy: Path,
+    draft: Path | Eagle3Config | None,
+    context_length: int,
+    *,
+    trainer: TrainerNeed,
+    held_bytes: int,
+) -> float | None:
+    """What `start` would refuse before it starts anything; returns mem_fraction_static, None on a CPU.
+
+    `draft`: its folder, or the sizes of one that is yet to be written. Of the memory that is free now the trainer
+    takes `held_bytes` before a server starts.
+    """
+    ready = check_start(config)
+    check_files(config, policy, draft if isinstance(draft, Path) else None)
+    _given_port(ready)
+    try:
+        return _memory_share(config, policy, draft, ready, context_length, trainer, held_bytes)
+    except EngineConfigError as error:
+        counted = f"the policy's weights and gradients, {gib(held_bytes)}, are counted as no longer free"
+        raise EngineConfigError(f"{error} ({counted})") from error
+
+
 class _PortTaken(EngineConfigError):
     """Another process took it between our look and the server's."""
 
 
+def _given_port(ready: Ready) -> int | None:
+    """The user's; None leaves it to us. EngineConfigError when somebody has it."""
+    port: int | None = ready.flags.get("port")
+    if port and port_is_taken(port, ready.host):
+        raise EngineConfigError(f"rollout.sglang.port = {port} is taken: {_ANOTHER_PORT}")
+    return port
+
+
 def _port(host: str) -> int:
-    return free_port(host, neighbour=_GRPC_ABOVE)
+    return free_port(host, neighbour=GRPC_ABOVE)
 
 
 def _start_at(port: int, settings: Mapping[str, Any], ready: Ready, timeout_s: float, work_dir: Path) -> Server:
@@ -126,7 +158,10 @@ def attach(config: RolloutConfig, policy: Path, context_length: int) -> Server:
         info = reply.json() if reply.ok else {}
     except (ServerUnreachable, ValueError) as error:
         client.close()
-        raise EngineConfigError(f"rollout.sglang_address = {address!r}: no SGLang server answers ({error})") from error
+        raise EngineConfigError(
+            f"rollout.sglang_address = {address!r}: no SGLang server answers ({error}); start one "
+            "with slipstream serve, or leave the address out to have one started"
+        ) from error
     faults = attach_faults(info, config, policy, context_length)
     if faults:
         client.close()
@@ -138,26 +173,29 @@ def attach(config: RolloutConfig, policy: Path, context_length: int) -> Server:
 def _memory_share(
     config: RolloutConfig,
     policy: Path,
-    draft: Path | None,
+    draft: Path | Eagle3Config | None,
     ready: Ready,
     context_length: int,
     trainer: TrainerNeed | None,
+    held_bytes: int = 0,
 ) -> float | None:
     """mem_fraction_static; None on a CPU, where SGLang's own default stands."""
     if ready.device == "cpu":
         return None
+    draft_sizes, draft_params = _sizes(draft)
     need = memory_needed(
         read_json(policy / "config.json"),
-        None if draft is None else read_json(draft / "config.json"),
+        draft_sizes,
         policy_params=count_parameters(policy),
-        draft_params=0 if draft is None else count_parameters(draft),
+        draft_params=draft_params,
         itemsize=_ITEMSIZE[config.dtype],
         num_slots=config.max_running_requests,
         tokens_per_slot=context_length,
     )
-    free_bytes, _ = torch.cuda.mem_get_info(torch.device(ready.device))
+    free_bytes = max(1, torch.cuda.mem_get_info(torch.device(ready.device))[0] - held_bytes)
     most = float(ready.flags.get("mem_fraction_static", most_share(free_bytes, trainer, offload=config.offload)))
-    share = static_fraction(need, free_bytes, most, trainer)
+    is_given = "mem_fraction_static" in ready.flags
+    share = static_fraction(need, free_bytes, most, trainer, offload=config.offload, is_given=is_given)
     if need.total_bytes > free_bytes * most:
         _log.warning(
             "KV memory does not hold every request at full length, some will wait: of %s free the engine may take "
@@ -165,6 +203,15 @@ def _memory_share(
             *(gib(free_bytes), 100 * most, need, "" if trainer is None else f", and the trainer will take {trainer}"),
         )
     return share
+
+
+def _sizes(draft: Path | Eagle3Config | None) -> tuple[Mapping[str, Any] | None, int]:
+    """Its config.json and its parameters."""
+    if draft is None:
+        return None, 0
+    if isinstance(draft, Eagle3Config):
+        return draft.to_hf(), sum(map(prod, draft.tensor_shapes().values()))
+    return read_json(draft / "config.json"), count_parameters(draft)
 
 
 def _environment(device: str, work_dir: Path) -> dict[str, str]:
@@ -204,7 +251,7 @@ def _wait_until_healthy(
         text = process.log_tail(_LOG_LINES)
         taken = taken_port(text)
         users = _users_port(taken, ready.flags)
-        cause = f"{users} is taken: name another, or leave it out" if users else known_cause(text)
+        cause = _cause_of_taken(taken, port, ready.flags) if taken else known_cause(text)
         what = f"the SGLang server did not start: {cause or last_words(text) or error}; {end_of_log(process, log)}"
         if taken and not users:
             raise _PortTaken(what) from None
@@ -215,6 +262,18 @@ def _wait_until_healthy(
             f"the SGLang server is not healthy after {timeout_s:.0f} s (rollout.sglang_start_timeout_s)"
             f"{f'; another process listens at its port {port}' if another else ''}; {end_of_log(process, log)}"
         )
+
+
+def _cause_of_taken(line: str, port: int, flags: Mapping[str, Any]) -> str:
+    """What to do about a port that a line of the log calls taken; `port` is the one that the server was given."""
+    if users := _users_port(line, flags):
+        return f"{users} is taken: {_ANOTHER_PORT}"
+    beside = "" if str(port) in re.findall(r"\d+", line) else ", or one that it takes beside it,"
+    if "port" in flags:
+        which, mend = f"rollout.sglang.port = {port}", _ANOTHER_PORT
+    else:
+        which, mend = f"its port {port}", "start again, or name a free one as rollout.sglang.port"
+    return f"{which}{beside} is taken ({line.strip()}): {mend}"
 
 
 def _users_port(line: str, flags: Mapping[str, Any]) -> str:

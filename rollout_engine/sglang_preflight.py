@@ -14,7 +14,7 @@ import torch
 
 from rollout_engine.config import RolloutConfig
 from rollout_engine.hf_checkpoint import CheckpointError, CheckpointReader
-from rollout_engine.server_process import port_is_taken
+from rollout_engine.server_process import port_is_forbidden, port_is_taken
 from rollout_engine.sglang_checks import check_draft_vocabulary, check_sglang
 from rollout_engine.sglang_flags import check_draft_fits
 from rollout_engine.sglang_install import Installation, canonical, check_types, find_sglang, flag_types, known_flags
@@ -22,6 +22,8 @@ from rollout_engine.types import EngineConfigError
 
 _THIS_MACHINE = "127.0.0.1"
 _ANY_PORT = 0
+_HIGHEST_PORT = 65535
+GRPC_ABOVE = 10000  # SGLang 0.5.15 counts the port so far above as its own for gRPC, and does not start without one
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +41,8 @@ def check_start(config: RolloutConfig) -> Ready:
     """Everything about the start of a server that this machine can tell now, the models' files left out.
 
     Raises EngineConfigError for an SGLang that is missing or unknown, flags that it does not have, values that it does
-    not take, a host that is not this machine, and a device that is not there or cannot do what is asked.
+    not take, a host that is not this machine, a port that it cannot have there, and a device that is not there or
+    cannot do what is asked.
     """
     installation = find_sglang(config.sglang_python)
     known = known_flags(installation.folder)
@@ -49,7 +52,11 @@ def check_start(config: RolloutConfig) -> Ready:
     device = _device(config)
     _check_environment(config, installation, device)
     spellings = {known[key.replace("-", "_")]: key.replace("-", "_") for key in config.sglang}
-    return Ready(installation, device, flags, spellings, _host(flags))
+    host = _host(flags)
+    if port := flags.get("port"):
+        has_own_grpc_port = "grpc_port" in known or "SGLANG_GRPC_PORT" in os.environ
+        _check_port(port, host, "" if has_own_grpc_port else installation.version)
+    return Ready(installation, device, flags, spellings, host)
 
 
 def check_policy(config: RolloutConfig, policy: Path) -> dict[str, Any]:
@@ -126,6 +133,23 @@ def _host(flags: Mapping[str, Any]) -> str:
     return host
 
 
+def _check_port(port: int, host: str, counts_above: str) -> None:
+    """`counts_above`: the version of an SGLang that counts a second port above it; "" for one that does not.
+
+    That second one need not be free: nothing listens there. It only has to be a port.
+    """
+    mend, highest = "or leave it out to have a free one chosen", _HIGHEST_PORT - GRPC_ABOVE
+    if counts_above and port > highest:
+        raise EngineConfigError(
+            f"rollout.sglang.port = {port}: SGLang {counts_above} counts {port + GRPC_ABOVE} ({GRPC_ABOVE} above) as "
+            f"its own too, and that is no port; name one up to {highest}, {mend}"
+        )
+    if port_is_forbidden(port, host):
+        raise EngineConfigError(
+            f"rollout.sglang.port = {port}: this user may not listen there; name one above 1023, {mend}"
+        )
+
+
 def _device(config: RolloutConfig) -> str:
     """ "cpu", "cuda" or "cuda:N"; "auto" takes CUDA when there is one."""
     if config.device == "auto":
@@ -133,7 +157,12 @@ def _device(config: RolloutConfig) -> str:
     name, _, index = config.device.partition(":")
     num_gpus = torch.cuda.device_count()
     if name == "cuda" and int(index or 0) >= num_gpus:
-        raise EngineConfigError(f"rollout.device = {config.device!r}: this machine has {num_gpus} GPUs")
+        raise EngineConfigError(
+            f"rollout.device = {config.device!r}: torch finds {num_gpus} GPUs on this machine (slipstream doctor shows "
+            "what is there); take a machine with more, "
+            + (f"name one up to cuda:{num_gpus - 1}, " if num_gpus else "")
+            + "or set rollout.device = 'cpu' where this SGLang has a CPU build"
+        )
     return config.device
 
 

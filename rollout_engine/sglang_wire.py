@@ -170,14 +170,16 @@ _CAUSES = (
         "accelerator memory ran out ({what}): lower rollout.max_running_requests or rollout.context_length, or choose "
         "rollout.sglang.mem_fraction_static",
     ),
-    (_PORT_TAKEN, "its port is taken ({what})"),
+    (_PORT_TAKEN, "its port is taken ({what}): name another rollout.sglang.port, or leave it out"),
     (
         r"(?m)^ModuleNotFoundError: No module named '(?P<what>[\w.]+)'",
         "its environment lacks the module {what}: pip install '.[sglang]', or name another rollout.sglang_python",
     ),
     (
-        r"(?m)^(?P<what>\w+Error: [^\n]*\b[Dd]raft\b[^\n]*)$",
-        "the draft does not fit ({what})",
+        # Of sizes alone: kernels, graphs and memory of a draft that fits can fail too.
+        r"(?m)^(?P<what>\w+Error: (?=.*[Dd]raft)(?=.*(?:size|shape|vocab|hidden|dim))"
+        r"(?=.*(?:match|!=|differ|identical)).*)$",
+        "the draft does not fit ({what}): name one that was made for this policy",
     ),
 )
 

@@ -9,8 +9,11 @@ The folder is written aside and renamed, so a reader finds a version whole or no
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import socket
+import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,6 +60,34 @@ class DiskTransport:
             raise
         carrier.settle(accepted=True)
         return serving
+
+
+def own_folder(exchange_dir: Path) -> Path:
+    """A new folder for this process's versions in one that others may use; those of processes of this machine that are
+    gone are removed: after kill -9 nobody else does it."""
+    for folder in exchange_dir.glob(f"weights-{_MACHINE}-*-*"):
+        if not _is_alive(int(folder.name.split("-")[-2])):
+            remove_folder(folder)
+    return exchange_dir / f"weights-{_MACHINE}-{os.getpid()}-{uuid.uuid4().hex}"
+
+
+def _machine() -> str:
+    """Where a process number means this process: containers of one name count their own."""
+    numbers = Path("/proc/self/ns/pid")
+    return f"{re.sub('[^A-Za-z0-9.]', '_', socket.gethostname())}-{numbers.stat().st_ino if numbers.exists() else 0}"
+
+
+_MACHINE = _machine()
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # somebody else's
+        return True
+    return True
 
 
 class DiskCarrier:

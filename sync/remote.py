@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 
 from sync.collective import BroadcastCarrier
-from sync.disk import DiskCarrier
+from sync.disk import DiskCarrier, own_folder
 from sync.ipc import IpcCarrier
 from sync.plan import SyncError, SyncPlan, make_plan
 from sync.receiver import Bundle, describe_serving, join_faults, layout_faults
@@ -179,7 +179,7 @@ def connect(kind: str, deliver: Deliver, roles: Sequence[str], exchange_dir: Pat
     make_carrier: dict[str, Callable[[SyncPlan], Carrier]] = {
         "ipc": IpcCarrier,
         # A folder for each attach: after it the same version may be published again.
-        "disk": lambda plan: DiskCarrier(exchange_dir / f"weights-{uuid.uuid4().hex}", plan),
+        "disk": lambda plan: DiskCarrier(own_folder(exchange_dir), plan),
         "broadcast": lambda plan: BroadcastCarrier(plan, host),
     }
     return RemoteTransport(deliver, roles, exchange_dir, make_carrier[kind])

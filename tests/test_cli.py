@@ -7,6 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from draft_models.checkpoint import save_draft
@@ -107,6 +108,21 @@ def test_a_full_disk_is_one_line(monkeypatch, capsys):
     monkeypatch.setattr("trainer.cli._dispatch", full)
     assert main([]) == 1
     assert capsys.readouterr().err == "slipstream: error: runs/demo/policy: No space left on device\n"
+
+
+def test_a_full_gpu_is_one_line_that_says_what_to_do(monkeypatch, capsys):
+    def full(argv):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total ...")
+
+    monkeypatch.setattr("trainer.cli._dispatch", full)
+    monkeypatch.setenv("RANK", "3")  # whose fault no other rank shares
+    assert main([]) == 1
+    said = capsys.readouterr().err
+    assert (
+        said.startswith("slipstream: error: rank 3 ran out of GPU memory (CUDA out of memory)")
+        and said.count("\n") == 1
+    )
+    assert "policy.max_tokens_per_gpu" in said and "rollout.offload" in said
 
 
 def test_a_run_that_failed_is_one_line_and_status_1(monkeypatch, capsys):

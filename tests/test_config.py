@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from rollout_engine.sglang_checks import lossy_settings
+from trainer import generate
 from trainer.config import ConfigError, RunConfig
 from trainer.config_check import validate
 from trainer.config_load import Override, load_config, parse_flags
@@ -250,6 +251,21 @@ def test_a_cost_table_is_the_embedded_engines(tmp_path):
 def test_what_the_embedded_engine_would_leave_aside_is_refused(argument):
     with pytest.raises(ConfigError, match="is for SGLang alone: add --engine sglang"):
         validate(from_flags(*GOOD, argument))
+
+
+def test_generate_warns_of_seeds_too(capsys):
+    for engine, warned in (("sglang", 1), ("torch", 0)):
+        generate._config(None, [Override("", "rollout.engine", engine), Override("", "rollout.controller", "fixed")])
+        assert capsys.readouterr().err.count("ignores seeds while verifying") == warned
+
+
+def test_a_servers_flag_may_be_spelt_with_hyphens_in_a_recipe(tmp_path):
+    recipe = tmp_path / "r.toml"
+    recipe.write_text("[rollout.sglang]\nspeculative-adaptive = true\n")
+    assert load_config(recipe).rollout.sglang == {"speculative_adaptive": True}
+    recipe.write_text("[rollout.sglang]\npage-size = 1\npage_size = 2\n")
+    with pytest.raises(ConfigError, match="has both page-size and page_size: they are one flag"):
+        load_config(recipe)
 
 
 def test_sglang_warns_once_of_each_thing():

@@ -355,13 +355,6 @@ def test_the_last_policys_highest_probabilities_are_known_without_any_capture(tm
     assert rl_on_gpu_arms.exported_max_prob(tmp_path, [sample], "float32") == pytest.approx(expected, abs=1e-4)
 
 
-def test_a_start_without_anything_to_learn_is_refused():
-    rl_on_gpu.check_start({"reward": 0.4}, REHEARSAL)
-    for reward in (0.02, 0.95):
-        with pytest.raises(ConfigError, match="RL would have nothing to learn"):
-            rl_on_gpu.check_start({"reward": reward}, REHEARSAL)
-
-
 def test_only_the_offline_run_leaves_the_policy_as_it_is(tmp_path: Path):
     arms = [*ARMS.values(), rl_on_gpu_arms.OFFLINE]
     configs = {arm.name: rl_on_gpu_arms.run_config(REHEARSAL, Place(tmp_path), arm, 0) for arm in arms}
@@ -467,3 +460,19 @@ def test_the_kernels_refuse_what_cannot_be_compared(wrong: list[str], capsys: py
     with pytest.raises(SystemExit):
         sglang_kernels.parse(wrong)
     assert wrong[0] in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("found", "said"),
+    [
+        ({"reward": 0.95}, "reward is 0.950, .* RL would have nothing to learn"),
+        ({"reward": 0.02}, "RL would have nothing to learn"),
+        ({"max_prob": 0.9}, r"E\[max p\] is 0.900, above 0.85"),
+        ({"p99": 250.0}, "no long tail: p99 250, p50 95 tokens"),
+    ],
+)
+def test_a_start_policy_that_would_make_it_easy_or_pointless_is_refused(found: dict[str, float], said: str) -> None:
+    start = {"reward": 0.68, "max_prob": 0.72, "p50": 95.0, "p99": 910.0}
+    rl_on_gpu.check_start(start, REHEARSAL)
+    with pytest.raises(ConfigError, match=said):
+        rl_on_gpu.check_start(start | found, REHEARSAL)

@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from tests.crash_helpers import start
+from trainer import serve as serve_module
 from trainer.config import ConfigError, DataConfig, PolicyConfig, RunConfig
 from trainer.run_dir import check_run_dir, cut_metrics, make_run_dir
 from trainer.run_lock import RunLock, refuse_in_use
@@ -138,6 +139,17 @@ def test_a_lock_file_that_was_removed_meanwhile_is_made_anew(tmp_path: Path, mon
     lock = RunLock(path)
     with pytest.raises(ConfigError, match="in use by"):
         refuse_in_use(path)
+    lock.release()
+
+
+def test_a_second_server_in_one_folder_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would write its log over that of the first."""
+    for name in ("_settings", "load_tokenizer", "context_length", "start_sglang"):
+        monkeypatch.setattr(serve_module, name, lambda *args, **settings: None)
+    monkeypatch.setattr(serve_module.signal, "signal", lambda *args: None)  # this process is no server
+    lock = RunLock(tmp_path / "lock")
+    with pytest.raises(ConfigError, match=r"is in use by process \d+ .* or choose another --work-dir"):
+        serve_module.serve(tmp_path, None, tmp_path, [])
     lock.release()
 
 

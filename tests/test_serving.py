@@ -14,7 +14,7 @@ import torch
 from draft_models.checkpoint import load_draft
 from draft_models.config import DraftConfig
 from draft_models.eagle3 import Eagle3, Eagle3Config
-from rollout_engine import sglang_engine
+from rollout_engine import sglang_engine, sglang_launch
 from rollout_engine.config import RolloutConfig
 from rollout_engine.memory import TrainerNeed, count_parameters
 from rollout_engine.speculation import CostTable
@@ -24,7 +24,15 @@ from trainer.cli import main
 from trainer.config import ConfigError, PolicyConfig, RunConfig
 from trainer.hf_files import read_config
 from trainer.make_model import MakeModelConfig, make_model
-from trainer.serving import build_engine, context_length, device_of, eos_token_ids, load_tokenizer, trainer_need
+from trainer.serving import (
+    build_engine,
+    check_server,
+    context_length,
+    device_of,
+    eos_token_ids,
+    load_tokenizer,
+    trainer_need,
+)
 
 PLAIN = RolloutConfig(speculative_algorithm="NONE", device="cpu")
 
@@ -165,6 +173,30 @@ def test_a_server_leaves_what_the_trainer_is_yet_to_take(
     tokenizer = load_tokenizer(policy_dir)
     started = build_engine(policy_dir, config.rollout, draft, tokenizer, tmp_path, trainer=need)
     assert isinstance(started, Started) and started.arguments["trainer"] == need
+
+
+def test_a_dry_run_counts_what_the_trainer_takes_first(policy_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    counted: dict[str, Any] = {}
+    monkeypatch.setattr(sglang_launch, "check_launch", lambda *args, **kwargs: counted.update(kwargs))
+    draft = Eagle3(Eagle3Config.from_target(read_config(policy_dir), DraftConfig()), seed=3)
+    num_policy, num_draft = count_parameters(policy_dir), sum(weight.numel() for weight in draft.parameters())
+    config = RunConfig(rollout=RolloutConfig(engine="sglang", device="cuda"))
+
+    def held(config: RunConfig, num_ranks: int = 1) -> int:
+        check_server(policy_dir, config, draft, num_ranks)
+        assert counted["trainer"] == trainer_need(policy_dir, config, draft, num_ranks)
+        return counted["held_bytes"]
+
+    assert held(config) == 8 * num_policy + 4 * num_draft, "weights and gradients"
+    in_bfloat16 = replace(config, policy=PolicyConfig(dtype="bfloat16"))
+    assert held(in_bfloat16) == 10 * num_policy + 4 * num_draft, "and master copies"
+    spread = replace(config, policy=PolicyConfig(dtype="bfloat16", use_distributed_optimizer=True))
+    assert held(spread, num_ranks=4) == 6 * num_policy + 4 * (num_policy // 4) + 4 * num_draft
+    assert counted["trainer"].policy_bytes == 8 * (num_policy // 4), "ranks that have not come together yet"
+    staged = replace(config, policy=PolicyConfig(pipeline_model_parallel_size=2))
+    assert held(staged, num_ranks=2) == 8 * (num_policy // 2), "the draft is on the last rank"
+    elsewhere = replace(config, rollout=replace(config.rollout, device="cuda:1"))
+    assert held(elsewhere) == 0
 
 
 def sampled(policy_dir: Path, tokenizer: object, stop: tuple[str, ...]) -> Sample:

@@ -31,9 +31,20 @@ SPECULATING = INFO | {
     "speculative_num_draft_tokens": 4,
     "speculative_num_steps": 3,
     "speculative_eagle_topk": 1,
+    "speculative_adaptive": False,
     "speculative_use_rejection_sampling": True,
     "speculative_accept_threshold_single": 1.0,
     "speculative_accept_threshold_acc": 1.0,
+}
+
+STARTED = {
+    "attention_backend": "triton",
+    "port": 30000,
+    "log_level": "info",
+    "mem_fraction_static": 0.5,
+    "disable_radix_cache": True,
+    "log_requests": None,
+    "json_model_override_args": '{"a": 1}',
 }
 
 
@@ -43,7 +54,7 @@ def faults(info: dict[str, Any], config: RolloutConfig) -> str:
 
 def test_one_as_it_would_be_started_is_taken() -> None:
     assert faults(INFO, PLAIN) == faults(SPECULATING, EAGLE3) == ""
-    assert faults({}, PLAIN) == "what answers there does not describe itself as SGLang"
+    assert faults({}, PLAIN) == "what answers there does not describe itself as SGLang: start one with slipstream serve"
     assert "speculative_algorithm = None" in faults(INFO, EAGLE3)
     assert "speculative_algorithm = 'EAGLE3', the run asks for None" in faults(SPECULATING, PLAIN)
 
@@ -102,6 +113,48 @@ def test_one_that_caps_its_requests_in_silence() -> None:
 
 
 def test_memory_can_only_be_given_back_by_one_that_saves_it() -> None:
-    offloading = replace(PLAIN, offload=True)
+    offloading, saves = replace(PLAIN, offload=True), {"enable_memory_saver": True}
     assert "enable_memory_saver = None, the run asks for True" in faults(INFO, offloading)
-    assert faults(INFO | {"enable_memory_saver": True}, offloading) == ""
+    assert faults(INFO | saves, offloading) == ""
+    with_draft = replace(EAGLE3, offload=True)
+    for backup in ({}, {"enable_draft_weights_cpu_backup": False}):
+        assert "draft_weights_cpu_backup = " in faults(SPECULATING | saves | backup, with_draft)
+    assert faults(SPECULATING | saves | {"enable_draft_weights_cpu_backup": True}, with_draft) == ""
+    assert faults(SPECULATING | {"enable_draft_weights_cpu_backup": False}, EAGLE3) == ""
+
+
+def test_a_depth_that_changes_must_be_asked_for() -> None:
+    adaptive = SPECULATING | {"speculative_adaptive": True}
+    assert "speculative_adaptive = True, the run asks for False" in faults(adaptive, EAGLE3)
+    for name in ("speculative_adaptive", "speculative-adaptive"):
+        assert faults(adaptive, replace(EAGLE3, sglang={name: True})) == ""
+        assert "adaptive = False, the run asks for True" in faults(SPECULATING, replace(EAGLE3, sglang={name: True}))
+    without = {name: value for name, value in SPECULATING.items() if name != "speculative_adaptive"}
+    assert faults(without, EAGLE3) == "", "an SGLang that does not know it"
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (
+            {"attention_backend": "flashinfer"},
+            "it runs with attention_backend = 'triton', the run asks for 'flashinfer': start the server with it, or "
+            "leave --sglang-attention-backend out",
+        ),
+        ({"no_such_flag": 3}, "it names no flag no_such_flag: leave --sglang-no-such-flag out"),
+        ({"atention_backend": "triton"}, "it names no flag atention_backend (did you mean attention_backend?): leave"),
+        ({"port": 1}, "port = 30000, the run asks for 1"),
+        ({"log_level": "debug"}, "log_level = 'info', the run asks for 'debug'"),
+        ({"mem_fraction_static": 0.4}, "mem_fraction_static = 0.5, the run asks for 0.4"),
+        ({"disable_radix_cache": False}, "disable_radix_cache = True, the run asks for False"),
+        ({"log_requests": True}, "log_requests = None, the run asks for True"),
+    ],
+)
+def test_a_flag_that_the_server_was_not_started_with_is_named(flags: dict[str, Any], message: str) -> None:
+    assert message in faults(INFO | STARTED, replace(PLAIN, sglang=flags))
+
+
+def test_flags_that_the_server_was_started_with_are_taken() -> None:
+    same = {"attention-backend": "triton", "port": 30000, "mem_fraction_static": 0.5, "disable_radix_cache": True}
+    as_command_line = {"log_requests": False, "json_model_override_args": {"a": 1}}
+    assert faults(INFO | STARTED, replace(PLAIN, sglang=same | as_command_line)) == ""

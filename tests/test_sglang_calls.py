@@ -112,7 +112,10 @@ def test_what_nobody_waits_for_any_more_is_not_sent(server: ScriptedServer, clie
 def test_a_refused_call_is_told_to_all_its_members(server: ScriptedServer, client: HttpClient) -> None:
     server.fails_with = (400, {"error": {"message": "no room"}})
     answers = client.run(ask(GenerateCalls(client), bodies(3)))
-    assert all(isinstance(answer, Refused) and str(answer) == "HTTP 400: no room" for answer in answers)
+    assert all(isinstance(answer, Refused) and str(answer).startswith("HTTP 400: no room; ") for answer in answers)
+    assert all("does not say which of 3 requests" in str(answer) for answer in answers), "none is accused alone"
+    (alone,) = client.run(ask(GenerateCalls(client), bodies(1)))
+    assert str(alone) == "HTTP 400: no room"
 
 
 def test_a_server_that_dies_is_told_to_those_who_wait(server: ScriptedServer, client: HttpClient) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -223,10 +224,44 @@ def test_the_share_is_what_is_needed_and_leaves_room() -> None:
     assert static_fraction(need, 10_000 * GIB, most=0.5) == 0.1
 
 
+def told(need: MemoryNeed, free_gib: float, most: float, trainer: TrainerNeed | None = None, **how: bool) -> str:
+    """What the user reads of a share that is too small."""
+    with pytest.raises(EngineConfigError) as raised:
+        static_fraction(need, int(free_gib * GIB), most, trainer, **how)
+    assert "max_running_requests" not in str(raised.value), "the least that is needed is of one request"
+    return str(raised.value)
+
+
 def test_a_gpu_that_is_too_small_is_told_in_numbers() -> None:
     need = MemoryNeed(10 * GIB, 1 * GIB, 1024, num_slots=16, tokens_per_slot=2**20)
-    with pytest.raises(EngineConfigError, match=r"too small: 20\.00 GiB are free.*50%.*policy 10\.00 GiB, draft 1\.00"):
-        static_fraction(need, 20 * GIB, most=0.5)
+    assert told(need, 20, 0.5) == (
+        "the GPU is too small: 20.00 GiB are free, of which the engine may take 50% "
+        "(rollout.sglang.mem_fraction_static); it needs policy 10.00 GiB, draft 1.00 GiB, KV 16.00 GiB for 16 requests "
+        "of 1048576 tokens (1.00 GiB each), at the least 13.20 GiB for the models, one request and a margin; take a "
+        "smaller model or a GPU with more free memory"
+    )
+
+
+def test_a_shorter_context_is_advised_where_the_models_have_room() -> None:
+    need = MemoryNeed(10 * GIB, 1 * GIB, 1024, num_slots=16, tokens_per_slot=2**20)
+    found = re.search(r"; lower rollout\.context_length to (\d+) or less, or take a smaller", told(need, 15, 0.85))
+    assert found
+    shorter = replace(need, tokens_per_slot=int(found.group(1)))
+    assert static_fraction(shorter, 15 * GIB, 0.85) == 0.85
+    longer = replace(need, tokens_per_slot=int(found.group(1)) + 1)
+    assert "lower rollout.context_length" in told(longer, 15, 0.85)
+
+
+def test_a_share_of_the_users_own_that_is_too_small_is_to_be_raised() -> None:
+    need = MemoryNeed(10 * GIB, 1 * GIB, 1024, num_slots=16, tokens_per_slot=2**20)
+    found = told(need, 140, 0.05, is_given=True)
+    assert found.startswith("rollout.sglang.mem_fraction_static = 0.05 is too small: 140.00 GiB are free, of which")
+    assert "policy 10.00 GiB" in found and found.endswith("; raise it to at least 0.095, or leave it out")
+    assert static_fraction(need, 140 * GIB, 0.095, is_given=True) == 0.095
+    growing = TrainerNeed(policy_bytes=60 * GIB, capture_bytes=18 * GIB)  # leaves 7 % of 100 GiB
+    assert "; leave it out, and set rollout.offload = true, or " in told(need, 100, 0.05, growing, is_given=True)
+    assert "is too small: 12.00 GiB are free" in told(need, 12, 0.9, is_given=True)
+    assert "raise" not in told(need, 12, 0.9, is_given=True)
 
 
 def test_what_a_trainer_is_yet_to_take() -> None:
@@ -250,16 +285,28 @@ def test_a_trainer_that_will_grow_is_left_its_room() -> None:
     assert most_share(24 * GIB, trainer, offload=False) == pytest.approx(0.85 - 12.2 / 24)
     assert most_share(4 * GIB, trainer, offload=True) == 0.0
     need = MemoryNeed(GIB, GIB // 2, 1024, num_slots=16, tokens_per_slot=2**20)
-    told = (
-        r"too small: 8\.00 GiB .*policy 1\.00 GiB, draft 0\.50 GiB, KV 16\.00 GiB .*trainer will take Adam of the.*; "
+    found = told(need, 8, most_share(8 * GIB, trainer, offload=True), trainer, offload=True)
+    assert re.search(r"too small: 8\.00 GiB .*policy 1\.00 GiB, draft 0\.50 GiB, KV 16\.00 GiB .*", found)
+    assert re.search(r"trainer will take Adam of the.*; train on more GPUs, or take a smaller model or a GPU", found)
+    found = told(need, 1, most_share(GIB, trainer, offload=True), trainer, offload=True)
+    assert re.search("take 0%.*will take.*; take a smaller model or a GPU with more free memory$", found)
+
+
+def test_what_is_advised_beside_a_trainer_would_be_enough() -> None:
+    need = MemoryNeed(GIB, GIB // 2, 1024, num_slots=16, tokens_per_slot=2**20)  # 2.75 GiB at the least
+    capturing = TrainerNeed(policy_bytes=GIB // 2, capture_bytes=4 * GIB + GIB // 2)
+    assert most_share(8 * GIB, capturing, offload=True) * 8 > 2.75 > most_share(8 * GIB, capturing, offload=False) * 8
+
+    def advice(trainer: TrainerNeed, *, offload: bool) -> str:
+        return told(need, 8, most_share(8 * GIB, trainer, offload=offload), trainer, offload=offload).split("; ")[-1]
+
+    assert advice(capturing, offload=False) == (
+        "set rollout.offload = true, or lower draft.capture_max_bytes, or lower rollout.context_length to 142987 or "
+        "less, or take a smaller model or a GPU with more free memory"
     )
-    told += r"set rollout\.offload = true, lower draft\.capture_max_bytes, or train on more GPUs$"
-    with pytest.raises(EngineConfigError, match=told):
-        static_fraction(need, 8 * GIB, most_share(8 * GIB, trainer, offload=True), trainer)
-    with pytest.raises(
-        EngineConfigError, match=r"take 0%.*will take.*; lower .*context_length, or take a smaller model$"
-    ):
-        static_fraction(need, GIB, most_share(GIB, trainer, offload=True), trainer)  # too small for the engine alone
+    stepping = TrainerNeed(policy_bytes=5 * GIB, capture_bytes=GIB)
+    assert advice(stepping, offload=True).startswith("train on more GPUs, or "), "no captured states are in the way"
+    assert "rollout.offload" not in advice(stepping, offload=False), "it would not be enough"
 
 
 def test_a_server_is_told_a_share_that_leaves_the_trainer_its_room(
@@ -281,6 +328,12 @@ def test_a_server_is_told_a_share_that_leaves_the_trainer_its_room(
     assert "of 72.00 GiB free the engine may take 60%" in caplog.text and "Adam of the policy 18.00 GiB" in caplog.text
     given = replace(ready, flags={"mem_fraction_static": 0.7})
     assert share(given, TrainerNeed(policy_bytes=18 * GIB)) == 0.7, "the user's word"
+    tiny = replace(ready, flags={"mem_fraction_static": 0.001})
+    with pytest.raises(EngineConfigError, match=r"mem_fraction_static = 0\.001 is too small.*; raise it to at least "):
+        share(tiny, None)
+    with pytest.raises(EngineConfigError, match=r"the GPU is too small.*; train on more GPUs, or") as raised:
+        share(ready, TrainerNeed(policy_bytes=62 * GIB, capture_bytes=9 * GIB))
+    assert "rollout.offload" not in str(raised.value)
 
 
 def test_parameters_are_counted_from_headers(tmp_path: Path) -> None:

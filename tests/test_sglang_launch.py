@@ -53,7 +53,7 @@ def policy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (package / "_version.py").write_text("__version__ = version = '0.5.20'\n")
     (package / "srt" / "server_args.py").write_text(
         'class ServerArgs:\n    host: A[str, "of HTTP"] = "127.0.0.1"\n    port: A[int, "of HTTP"] = 30000\n'
-        '    nccl_port: A[int | None, "of NCCL"] = None\n'
+        '    nccl_port: A[int | None, "of NCCL"] = None\n    grpc_port: A[int | None, "of gRPC"] = None\n'
     )
     (package / "launch_server.py").write_text(LAUNCH_SERVER)
     monkeypatch.setenv("PYTHONPATH", str(package.parent))
@@ -88,15 +88,19 @@ def test_a_port_that_was_taken_meanwhile_is_not_the_end(policy: Path, monkeypatc
 
 def test_a_port_that_is_always_taken_is_said(policy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TAKES", "99")
-    with pytest.raises(EngineConfigError, match="its port is taken"):
+    with pytest.raises(EngineConfigError, match=r"its port \d+, or one .*already in use\): start again, or") as raised:
         start(PLAIN, policy)
-    assert len(ports_tried(policy)) == 3
+    tried = ports_tried(policy)
+    assert len(tried) == 3 and f"its port {tried[-1]}, or one that it takes beside it, is taken" in str(raised.value)
 
 
 def test_a_port_that_the_user_gave_is_tried_once(policy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TAKES", "99")
     port = free_port()
-    with pytest.raises(EngineConfigError, match="its port is taken"):
+    told = (
+        rf"rollout\.sglang\.port = {port}, or one .*already in use\): name another, or leave it out to have a free one"
+    )
+    with pytest.raises(EngineConfigError, match=told):
         start(replace(PLAIN, sglang={"port": port}), policy)
     assert ports_tried(policy) == [str(port)]
 
@@ -108,7 +112,7 @@ def test_a_port_that_the_user_gave_is_tried_once(policy: Path, monkeypatch: pyte
         (
             {"nccl_port": 29511},
             "RuntimeError: failed to listen. port: 29511, code: -98, name: EADDRINUSE, message: address already in use",
-            "rollout.sglang.nccl_port = 29511 is taken",
+            "rollout.sglang.nccl_port = 29511 is taken: name another, or leave it out",
         ),
     ],
 )
@@ -120,6 +124,20 @@ def test_an_end_that_another_port_would_not_mend_is_said_at_once(
     with pytest.raises(EngineConfigError, match=cause):
         start(replace(PLAIN, sglang=flags), policy)
     assert len(ports_tried(policy)) == 1
+
+
+def test_a_port_that_a_server_says_is_taken_is_named_as_the_user_gave_it() -> None:
+    line = "ERROR:    [Errno 98] error while attempting to bind on address ('127.0.0.1', 34939): address already in use"
+    mend = "name another, or leave it out to have a free one chosen"
+    cause = sglang_launch._cause_of_taken
+    assert cause(line, 34939, {"port": 34939}) == f"rollout.sglang.port = 34939 is taken: {mend}"
+    assert cause(line, 34939, {}) == (
+        f"its port 34939 is taken ({line}): start again, or name a free one as rollout.sglang.port"
+    )
+    of_nccl = "DistNetworkError: failed to listen. port: 29511, code: -98, name: EADDRINUSE, address already in use"
+    assert cause(of_nccl, 34939, {"port": 34939}) == (
+        f"rollout.sglang.port = 34939, or one that it takes beside it, is taken ({of_nccl}): {mend}"
+    )
 
 
 class Healthy(BaseHTTPRequestHandler):
@@ -147,7 +165,10 @@ def another_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
 
 def test_another_server_at_the_port_is_not_taken_for_ours(policy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TAKES", "0")
-    with another_server(monkeypatch) as port, pytest.raises(EngineConfigError, match="its port is taken"):
+    with (
+        another_server(monkeypatch) as port,
+        pytest.raises(EngineConfigError, match=rf"rollout\.sglang\.port = {port}.* is taken"),
+    ):
         start(replace(PLAIN, sglang={"port": port}), policy)
     assert ports_tried(policy) == [str(port)]
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import re
+import socket
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from rollout_engine import server_process
 from rollout_engine.config import RolloutConfig
 from rollout_engine.sglang_preflight import check_files, check_folder, check_policy, check_start
 from rollout_engine.types import EngineConfigError
@@ -25,6 +29,7 @@ FIELDS = """
 class ServerArgs:
     host: A[str, "of HTTP"] = "127.0.0.1"
     port: A[int, "of HTTP"] = 30000
+    grpc_port: A[Optional[int], "of gRPC"] = None
     nccl_port: A[Optional[int], "of NCCL"] = None
     max_total_tokens: A[Optional[int], Arg(help="such as 16k", type_parser=human_readable_int)] = None
     schedule_conservativeness: A[float, "more is more"] = 1.0
@@ -71,7 +76,10 @@ def with_flags(flags: dict[str, Any]) -> RolloutConfig:
         (with_flags({"disable_radix_cache": "maybe"}), "disable_radix_cache = 'maybe': .* takes true or false"),
         (with_flags({"tp": 2}), "tp_?s?i?z?e? = 2: an engine over several GPUs"),
         (with_flags({"prot": 1}), "no such flag, did you mean port"),
-        (replace(PLAIN, device="cuda"), "rollout.device = 'cuda': this machine has 0 GPUs"),
+        (
+            replace(PLAIN, device="cuda"),
+            r"device = 'cuda': torch finds 0 GPUs .*slipstream doctor.*more, or set rollout\.device = 'cpu' where",
+        ),
         (replace(PLAIN, offload=True), "rollout.offload = true gives GPU memory back: leave it out on a CPU$"),
         (replace(PLAIN, speculative_algorithm="EAGLE3"), r"temperature = 1\.0 .*'EAGLE3' on a CPU.*verifies greedily"),
         (replace(NGRAM, device="auto"), r"temperature = 1\.0 .*'NGRAM' on a CPU \(.*found no GPU"),
@@ -84,6 +92,46 @@ def with_flags(flags: dict[str, Any]) -> RolloutConfig:
 def test_what_no_server_could_do_is_refused(config: RolloutConfig, message: str) -> None:
     with pytest.raises(EngineConfigError, match=message):
         check_start(config)
+
+
+def test_a_gpu_beyond_the_last_one_is_refused_with_the_last_ones_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(EngineConfigError, match=r"'cuda:2': torch finds 2 GPUs .*name one up to cuda:1, or set "):
+        check_start(replace(PLAIN, device="cuda:2"))
+    assert check_start(replace(PLAIN, device="cuda:1")).device == "cuda:1"
+
+
+def test_a_port_whose_second_one_is_none_is_refused_where_sglang_would(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("SGLANG_GRPC_PORT", raising=False)
+    monkeypatch.setattr(server_process, "_bind_errno", lambda port, host: 0)
+    too_high = with_flags({"port": 55536})
+    assert check_start(too_high).flags["port"] == 55536, "0.5.20 counts none above it"
+    package = tmp_path / "packages" / "sglang"
+    (package / "_version.py").write_text("__version__ = version = '0.5.15.post1'\n")
+    without = re.sub(r".*grpc_port.*\n", "", FIELDS)
+    (package / "srt" / "server_args.py").write_text(without)
+    told = r"port = 55536: SGLang 0\.5\.15\.post1 counts 65536 \(10000 above\).*up to 55535, or leave it out"
+    with pytest.raises(EngineConfigError, match=told):
+        check_start(too_high)
+    check_start(with_flags({"port": 55535}))
+    monkeypatch.setenv("SGLANG_GRPC_PORT", "4000")
+    check_start(too_high)
+
+
+def test_a_port_that_the_user_may_not_have_is_not_called_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As bind answers an ordinary user."""
+    bind = socket.socket.bind
+
+    def refuse(probe: socket.socket, address: tuple[str, int]) -> None:
+        if 0 < address[1] < 1024:
+            raise PermissionError(errno.EACCES, "Permission denied")
+        bind(probe, address)
+
+    monkeypatch.setattr(server_process.socket, "socket", type("Probe", (socket.socket,), {"bind": refuse}))
+    with pytest.raises(EngineConfigError, match=r"port = 80: this user may not listen there; name one above 1023, or "):
+        check_start(with_flags({"port": 80}))
 
 
 def test_what_a_server_can_do_is_let_through() -> None:

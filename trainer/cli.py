@@ -47,6 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _dispatch(list(sys.argv[1:] if argv is None else argv))
     except (ValueError, RuntimeError) as error:
+        if type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported for every command
+            return _tell_out_of_memory(str(error))
         # This project's own exceptions are messages to the user; anything else is a fault and keeps its traceback.
         if type(error).__module__.partition(".")[0] not in _OWN_PACKAGES:
             raise
@@ -63,6 +65,19 @@ def _fail(message: str, status: int) -> int:
     if os.environ.get("RANK", "0") == "0":  # ranks agree on errors: one line is enough
         print(f"slipstream: error: {' '.join(message.split())}", file=sys.stderr)
     return status
+
+
+def _tell_out_of_memory(message: str) -> int:
+    """Of this process's GPU memory, on whatever rank it is: the others wait or have enough."""
+    rank = os.environ.get("RANK", "0")
+    print(
+        f"slipstream: error: rank {rank} ran out of GPU memory ({message.split('. ')[0]}): lower "
+        "policy.max_tokens_per_gpu, set policy.recompute = true, leave SGLang less (rollout.offload = true, or a lower "
+        "rollout.sglang.mem_fraction_static), lower rollout.max_running_requests of the embedded engine, or take more "
+        "GPUs; --resume goes on from the last checkpoint",
+        file=sys.stderr,
+    )
+    return _FAILED
 
 
 def _dispatch(argv: list[str]) -> int:
@@ -123,7 +138,9 @@ def _add_train(commands, name: str) -> None:
         epilog=flags_help(),
     )
     parser.add_argument(
-        "--dry-run", action="store_true", help="check everything, print settings and plan, write nothing"
+        "--dry-run",
+        action="store_true",
+        help="check what can be checked without starting anything, print settings and plan, write nothing",
     )
 
 

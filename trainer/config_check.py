@@ -330,13 +330,16 @@ def _check_batch(config: RunConfig, world_size: int) -> None:
         )
 
 
+def seeds_warning(rollout: RolloutConfig) -> list[str]:
+    """For whoever gives a seed and looks for the same samples again."""
+    if rollout.engine != "sglang":
+        return []
+    note = "SGLang ignores seeds while verifying, so none are sent: two equal runs differ, and the metrics of one say "
+    return [note + "reproducible = false"]
+
+
 def _training_warnings(config: RunConfig) -> list[str]:
-    rollout, warnings = config.rollout, []
-    if rollout.engine == "sglang":
-        warnings.append(
-            "SGLang ignores seeds while verifying, so none are sent: two equal runs differ, and the metrics say "
-            "reproducible = false"
-        )
+    rollout, warnings = config.rollout, seeds_warning(config.rollout)
     if (why := _why_never_frozen(config)) is not None:
         warnings.append(
             f"frozen_draft_step = {config.frozen_draft_step} has no effect, {why}: no frozen_accept_length is recorded"

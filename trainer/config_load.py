@@ -159,7 +159,10 @@ def _checked(key: str, value: Any, where: str) -> Iterator[tuple[str, Any]]:
     if _is_mapping(kind):
         if not isinstance(value, dict):
             raise ConfigError(f"{where}: {key} = {value!r}, but {key} is a table; write [{key}]")
-        yield from ((f"{key}.{name}", item) for name, item in value.items())
+        spelt = {name: name.replace("-", "_") if key == "rollout.sglang" else name for name in value}  # as a flag's is
+        if twice := [name for name in value if name != spelt[name] and spelt[name] in value]:
+            raise ConfigError(f"{where}: {key} has both {twice[0]} and {spelt[twice[0]]}: they are one flag")
+        yield from ((f"{key}.{spelt[name]}", item) for name, item in value.items())
     else:
         yield key, check_value(value, kind, f"{where}: {key}")
 

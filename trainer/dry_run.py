@@ -1,6 +1,8 @@
-"""`--dry-run`: read and check everything that a run reads, print the settings and the plan, write nothing."""
+"""`--dry-run`: read and check what a run reads; print settings, plan and what was not checked; write nothing."""
 
 from __future__ import annotations
+
+import os
 
 import torch
 
@@ -9,6 +11,7 @@ from trainer.config import RunConfig
 from trainer.megatron_settings import DTYPES, transformer_settings
 from trainer.policy_attention import attention_name
 from trainer.run import Inputs, check_folder, make_draft, read_inputs
+from trainer.serving import check_server
 from trainer.toml_writer import to_toml
 
 
@@ -16,11 +19,28 @@ def dry_run(config: RunConfig) -> int:
     """Print the resolved recipe and what the run would do. `ConfigError` for whatever the run would refuse."""
     run = check_folder(config)
     inputs = read_inputs(config)
-    make_draft(config, inputs)
+    draft = make_draft(config, inputs)
+    share = None
+    if config.rollout.engine == "sglang":
+        share = check_server(inputs.folder, config, draft, int(os.environ.get("WORLD_SIZE", "1")))
     print(to_toml(config))
     print("\n".join(plan(config, inputs)))
-    print(f"dry run: everything checked, nothing written; the run would go to {run.path}")
+    if share is not None:
+        print(f"# memory      weights and KV of the engine take {share:.0%} of what the policy's weights leave free")
+    print(f"dry run: nothing started, nothing written; the run would go to {run.path}")
+    print(f"not checked: {'; '.join(not_checked(config.rollout, knows_share=share is not None))}")
     return 0
+
+
+def not_checked(rollout: RolloutConfig, *, knows_share: bool) -> list[str]:
+    """What only the run itself finds out. `knows_share`: the engine's share of the GPU's memory could be computed."""
+    memory = "whether the memory suffices" + (" for the policy's activations" if knows_share else "")
+    rewards = "what the reward says to a response"
+    if rollout.engine == "torch":
+        return [memory, rewards]
+    if rollout.sglang_address:
+        return ["whether the server takes the run's weights", memory, rewards]
+    return ["whether the SGLang server comes up", memory, rewards]
 
 
 def _engine(rollout: RolloutConfig) -> str:

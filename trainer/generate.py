@@ -12,7 +12,7 @@ from typing import Any
 
 from rollout_engine.types import Sample, SamplingParams, SpecStats
 from trainer.config import DataConfig, RunConfig
-from trainer.config_check import check_rollout, check_speculation, refuse_training
+from trainer.config_check import check_rollout, check_speculation, refuse_training, seeds_warning
 from trainer.config_load import Override, load_config
 from trainer.data import Prompt, load_prompts, one_prompt
 from trainer.rollouts import make_requests
@@ -61,7 +61,7 @@ def _config(draft: Path | None, overrides: Sequence[Override]) -> RunConfig:
     ]
     config = load_config(None, [*defaults, *overrides])
     check_speculation(config.speculation, config.rollout)
-    for warning in check_rollout(config.rollout):
+    for warning in [*check_rollout(config.rollout), *seeds_warning(config.rollout)]:
         print(f"slipstream: warning: {warning}", file=sys.stderr)
     return config
 

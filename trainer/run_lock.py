@@ -13,10 +13,11 @@ from trainer.config import ConfigError
 class RunLock:
     """The lock on `runs/NAME/lock`, held until `release` or the end of the process, kill -9 included."""
 
-    def __init__(self, path: Path):
-        """Take it. Raises ConfigError naming the process that has it, OSError when it cannot be made or locked."""
+    def __init__(self, path: Path, flag: str = "--name"):
+        """Take it. Raises ConfigError naming the process that has it and the `flag` that chooses another folder,
+        OSError when it cannot be made or locked."""
         self._path = path
-        self._file = _open_locked(path)
+        self._file = _open_locked(path, flag)
         self._file.truncate(0)
         self._file.write(f"{os.getpid()}\n")
         self._file.flush()
@@ -53,11 +54,11 @@ def refuse_in_use(path: Path) -> None:
         _lock(file, path, fcntl.LOCK_SH)
 
 
-def _open_locked(path: Path) -> TextIOWrapper:
+def _open_locked(path: Path, flag: str) -> TextIOWrapper:
     while True:
         file = path.open("a+", encoding="utf-8")
         try:
-            _lock(file, path, fcntl.LOCK_EX)
+            _lock(file, path, fcntl.LOCK_EX, flag)
             if _is_at(file, path):  # else the one before removed it between the two calls, and another may hold the new
                 return file
         except BaseException:
@@ -66,14 +67,14 @@ def _open_locked(path: Path) -> TextIOWrapper:
         file.close()
 
 
-def _lock(file: TextIOWrapper, path: Path, kind: int) -> None:
+def _lock(file: TextIOWrapper, path: Path, kind: int, flag: str = "--name") -> None:
     try:
         fcntl.flock(file, kind | fcntl.LOCK_NB)
     except BlockingIOError:
         pid = path.read_text(encoding="utf-8").strip() if path.exists() else ""
         holder = f"process {pid}" if pid else "another process"
         raise ConfigError(
-            f"run {path.parent.name} is in use by {holder} ({path}); wait for it or stop it, or choose another --name"
+            f"run {path.parent.name} is in use by {holder} ({path}); wait for it or stop it, or choose another {flag}"
         ) from None
 
 

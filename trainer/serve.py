@@ -5,15 +5,17 @@ from __future__ import annotations
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from rollout_engine.config import RolloutConfig
+from rollout_engine.sglang_engine import SGLangEngine
 from rollout_engine.sglang_preflight import check_folder
 from trainer.config import ConfigError
 from trainer.config_check import check_rollout, refuse_all_but_engine
 from trainer.config_load import Override, load_config
+from trainer.run_lock import RunLock
 from trainer.serving import context_length, load_tokenizer, read_draft, start_sglang
 
 _POLL_S = 1.0
@@ -28,7 +30,17 @@ def serve(policy: Path, draft: Path | None, work_dir: Path, overrides: Sequence[
     check_folder("--work-dir", work_dir)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # from here on like Ctrl-C, also while the server starts
     work_dir.mkdir(parents=True, exist_ok=True)
-    engine = start_sglang(policy, rollout, eagle3, tokenizer, work_dir, serves_files=True)
+    lock = RunLock(work_dir / "lock", "--work-dir")  # another server's log is no explanation of this one's death
+    try:
+        return _serve(
+            policy, rollout, lambda: start_sglang(policy, rollout, eagle3, tokenizer, work_dir, serves_files=True)
+        )
+    finally:
+        lock.release()
+
+
+def _serve(policy: Path, rollout: RolloutConfig, start: Callable[[], SGLangEngine]) -> int:
+    engine = start()
     try:
         print(how_to_use(engine.address, policy, rollout), flush=True)
         while True:

@@ -144,10 +144,61 @@ def check_engine(rollout: RolloutConfig) -> None:
         check_start(rollout)
 
 
-def trainer_need(policy: Path, config: RunConfig, draft: Eagle3 | None) -> TrainerNeed:
-    """What training is yet to take of the engine's GPU, which is rank 0's. `draft` None: none that is trained."""
-    num_parts = config.policy.tensor_model_parallel_size * config.policy.pipeline_model_parallel_size
-    shares = world_size() if config.policy.use_distributed_optimizer else num_parts
+def check_server(policy: Path, config: RunConfig, draft: Eagle3 | None, num_ranks: int) -> float | None:
+    """All that a run on `num_ranks` would refuse in starting its SGLang server, or in attaching to the one at an
+    address, which is only asked what it is. Nothing is started or written.
+
+    Returns the share of the GPU's free memory that the server would take; None where that is not ours to say.
+    EngineConfigError as SGLangEngine has it.
+    """
+    from rollout_engine.sglang_launch import attach, check_launch
+
+    rollout = config.rollout
+    positions = context_length(policy, rollout)
+    if rollout.sglang_address:
+        attach(rollout, policy, positions).client.close()
+        return None
+    folder = rollout.speculative_draft_model_path
+    return check_launch(
+        rollout,
+        policy,
+        None if draft is None else Path(folder) if folder else draft.config,
+        positions,
+        trainer=trainer_need(policy, config, draft, num_ranks),
+        held_bytes=_held_at_start(policy, config, draft, num_ranks),
+    )
+
+
+def _num_parts(config: RunConfig) -> int:
+    """Over how many ranks the policy is cut."""
+    return config.policy.tensor_model_parallel_size * config.policy.pipeline_model_parallel_size
+
+
+def _held_at_start(policy: Path, config: RunConfig, draft: Eagle3 | None, num_ranks: int) -> int:
+    """Bytes that a trainer holds on rank 0's GPU when the engine starts; none of an engine that is on another one.
+
+    Weights and float32 gradients of the policy, in bfloat16 float32 master copies too, and weights of the draft.
+    """
+    if config.rollout.device not in ("auto", "cuda", "cuda:0"):
+        return 0
+    num_params, num_parts = count_parameters(policy), _num_parts(config)
+    masters = num_params // (num_ranks if config.policy.use_distributed_optimizer else num_parts)
+    itemsize = DTYPES[config.policy.dtype].itemsize
+    draft_is_here = draft is not None and config.policy.pipeline_model_parallel_size == 1
+    return (
+        (itemsize + 4) * (num_params // num_parts)
+        + (4 * masters if itemsize < 4 else 0)
+        + (sum(weight.nbytes for weight in draft.parameters()) if draft_is_here else 0)
+    )
+
+
+def trainer_need(policy: Path, config: RunConfig, draft: Eagle3 | None, num_ranks: int = 0) -> TrainerNeed:
+    """What training is yet to take of the engine's GPU, which is rank 0's. `draft` None: none that is trained.
+
+    `num_ranks` 0: as many as have come together.
+    """
+    num_parts = _num_parts(config)
+    shares = (num_ranks or world_size()) if config.policy.use_distributed_optimizer else num_parts
     num_params = count_parameters(policy)
     head_size = size_of(policy, "vocab_size", "its size") * size_of(policy, "hidden_size", "its size")
     draft_is_here = config.policy.pipeline_model_parallel_size == 1  # else it and its data are on the last stage

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import sys
 from collections.abc import Iterator
@@ -10,6 +11,16 @@ import pytest
 import torch
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch reads it once, at its first deterministic product
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Under `make test-gpu` nothing is skipped in silence for want of what it is there to test."""
+    if os.environ.get("SLIPSTREAM_GPU") != "require":
+        return
+    missing = [] if torch.cuda.is_available() else ["a GPU that torch can use"]
+    missing += [] if importlib.util.find_spec("sglang") else ["SGLang (pip install '.[sglang,dev]')"]
+    if missing:
+        pytest.exit(f"the GPU tests need {' and '.join(missing)} in the environment of {sys.executable}", returncode=1)
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:

@@ -46,6 +46,7 @@ from rollout_engine.types import (
     VersionSpan,
 )
 from sync.publish import publish
+from tests.gpu.counting import EOS, SIZES, VOCAB, save_counting
 from tests.rollout_engine_helpers import save_hf_model
 from tests.test_server_process import wait_for
 
@@ -56,7 +57,7 @@ pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("sglang") is None, reason="needs SGLang: pip install '.[sglang]'"),
 ]
 ROOT = Path(__file__).resolve().parents[2]
-VOCAB, SLOTS, EOS = 512, 8, 511
+SLOTS = 8
 PLAIN = "plain"  # decoding, beside the rules of verification
 # The models are tiny, and so is the KV of all slots: no test could tell its loss. This is 4 GiB of it, see kv_bytes.
 LARGE_KV = {"max_total_tokens": 2**20, "mem_fraction_static": 0.2} if torch.cuda.is_available() else {}
@@ -93,17 +94,21 @@ class Models:
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
-    """Head size 64, which every attention backend has; logits spread so that sampling is neither flat nor certain."""
+    """Logits spread so that sampling is neither flat nor certain."""
     folder = tmp_path_factory.mktemp("models")
-    sizes = {"vocab_size": VOCAB, "hidden_size": 256, "intermediate_size": 512, "head_dim": 64}
-    model = save_hf_model(folder / "policy", max_position_embeddings=1024, eos_token_id=EOS, **sizes)
+    model = save_hf_model(folder / "policy", max_position_embeddings=1024, eos_token_id=EOS, **SIZES)
     model.to(torch.bfloat16).save_pretrained(folder / "policy")
     config = json.loads((folder / "policy" / "config.json").read_text())
     draft = Eagle3(Eagle3Config.from_target(config, DraftConfig()), seed=5)
-    with torch.no_grad():  # a draft that proposes the frequent tokens, so that some are accepted
-        draft.lm_head.weight.mul_(3.0)
     save_draft(draft.to(torch.bfloat16), folder / "draft")
     return Models(folder / "policy", folder / "draft")
+
+
+def counting(folder: Path, step: int) -> Models:
+    """Of the same sizes as `models`; here a draft shows in what is accepted."""
+    models = Models(folder / "policy", folder / "draft")
+    save_counting(models.policy, models.draft, step, torch.bfloat16)
+    return models
 
 
 def make_engine(models: Models, work_dir: Path, *, serves_files: bool = False, **changes: Any) -> SGLangEngine:
@@ -277,21 +282,22 @@ def test_statistics_count_every_token(engine: SGLangEngine, models: Models) -> N
         assert sum(spec.accepted_histogram) == spec.num_verify_steps == spec.proposed_by_position[0]
 
 
-def test_after_a_sync_it_equals_a_fresh_engine(engine_of: EngineOf, models: Models, tmp_path: Path) -> None:
+def test_after_a_sync_it_equals_a_fresh_engine(engine_of: EngineOf, tmp_path: Path) -> None:
     engine = engine_of("target_only")
-    moved = models.moved(tmp_path / "moved")
-    send(engine, models, engine.transport.version + 1)
-    before = one_by_one(engine, 6)
-    send(engine, moved, engine.transport.version + 1)
-    after = one_by_one(engine, 6)
-    fresh_engine = make_engine(moved, tmp_path / "fresh", serves_files=True, verify_rule="target_only")
+    first, second = (counting(tmp_path / f"step{step}", step) for step in (1, 3))
+    answers: dict[str, list[Sample]] = {}
+    sent = {"first": first, "stale draft": Models(second.policy, first.draft), "second": second}
+    for name, models in sent.items():
+        send(engine, models, engine.transport.version + 1)
+        answers[name] = one_by_one(engine, 6)
+    fresh_engine = make_engine(second, tmp_path / "fresh", serves_files=True, verify_rule="target_only")
     try:
         fresh = one_by_one(fresh_engine, 6)
     finally:
         fresh_engine.close()
-    assert said(after) == said(fresh) != said(before)
-    assert total(after) == total(fresh), "the draft is the saved one too"
-    assert total(after).num_verify_steps > 0
+    assert said(answers["second"]) == said(fresh) != said(answers["first"])
+    assert total(answers["second"]) == total(fresh), "the draft is the saved one too"
+    assert total(fresh).accept_length > 1.4 and total(answers["stale draft"]).accept_length < 1.1, "or it would show"
 
 
 def test_a_sync_in_mid_generate_loses_nothing(engine: SGLangEngine, models: Models, tmp_path: Path) -> None:
@@ -345,9 +351,10 @@ def test_abort_keeps_what_there_is(engine: SGLangEngine, models: Models) -> None
         assert sample.policy_versions == ((VersionSpan(0, len(sample.token_ids), version),) if sample.token_ids else ())
 
 
-def test_memory_is_given_back_and_filled_again(models: Models, tmp_path: Path) -> None:
+def test_memory_is_given_back_and_filled_again(tmp_path: Path) -> None:
     if importlib.util.find_spec("torch_memory_saver") is None:
         pytest.skip("needs torch_memory_saver")
+    models = counting(tmp_path / "step1", 1)
     most_bytes = kv_bytes(models, LARGE_KV["max_total_tokens"])
     assert most_bytes >= 4 * 2**30
     free_bytes = free_gpu_bytes()
@@ -367,6 +374,7 @@ def test_memory_is_given_back_and_filled_again(models: Models, tmp_path: Path) -
         after = one_by_one(engine, 4)
         assert training_bytes - free_gpu_bytes() > 0.9 * most_bytes, "and is taken again"
         assert said(after) == said(before) and total(after) == total(before)
+        assert total(after).accept_length > 1.4, "the draft is back, too"
     finally:
         engine.close()
 

@@ -87,8 +87,9 @@ def test_the_recipe_trains_serves_and_resumes(model: Path, tmp_path: Path) -> No
     for line in lines:
         assert line["logp_diff_mean"] < BFLOAT16_LOGPROB, "trainer and server compute the same policy"
         assert abs(line["surprise_gap_z"]) < 5, "the server samples from the policy's own law"
-        assert line["accept_length"] >= 1.0 and line["verify_steps"] > 0 and line["draft_loss"] > 0
+        assert line["verify_steps"] > 0 and line["draft_loss"] > 0
         assert line["sentinel_verify_steps"] > 0 and "sentinel_alarm" not in line, line.get("sentinel_alarm")
+        assert abs(line["sentinel_z"]) < 5, "the server accepts as many drafts as the trainer's own weights foretell"
         assert not line["reproducible"], "no seeds are sent"
         assert line["grad_norm"] > 0 and line["draft_samples_dropped"] == 0
     assert lines[3]["draft_loss"] < lines[0]["draft_loss"], "the draft learns, and keeps what it learned over a resume"

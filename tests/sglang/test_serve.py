@@ -68,9 +68,9 @@ def test_it_serves_openais_endpoints_and_a_run_and_ends_when_told(model: Path, t
 
         elsewhere = {"engine": "sglang", "sglang_address": address, "sync_dir": str(tmp_path / "exchange")}
         rollout = {f"rollout__{name}": value for name, value in elsewhere.items()}
-        config = loop_helpers.tiny_config(
-            model, tmp_path, "run", num_rollout=2, rollout__speculative_algorithm="NONE", **rollout
-        )
+        as_started = {"attention_backend": "torch_native", "sleep_on_idle": True, "log_requests": False}
+        rollout |= {"rollout__sglang": as_started, "rollout__speculative_algorithm": "NONE"}
+        config = loop_helpers.tiny_config(model, tmp_path, "run", num_rollout=2, **rollout)
         found = loop_helpers.metrics(loop_helpers.run(config))
         assert [line["policy_version"] for line in found] == [0, 1]
         assert max(line["logp_diff_max"] for line in found) < helpers.LOGPROB_TOLERANCE
