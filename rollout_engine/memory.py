@@ -141,6 +141,10 @@ def most_share(free_bytes: int, trainer: TrainerNeed | None, *, offload: bool) -
     return left if offload else min(_TRAINER_SHARE, left)
 
 
+class NoRoom(EngineConfigError):
+    """A GPU too small, or a share of it."""
+
+
 def static_fraction(
     need: MemoryNeed,
     free_bytes: int,
@@ -152,7 +156,7 @@ def static_fraction(
 ) -> float:
     """The share of the free memory for weights and KV: what all slots need, and no more than `most`.
 
-    `most` is the user's own word where it `is_given`, `most_share` otherwise. Raises EngineConfigError, with what to
+    `most` is the user's own word where it `is_given`, `most_share` otherwise. Raises NoRoom, with what to
     change, when it does not hold the weights and one request.
     """
     least = need.least_bytes * _MARGIN / free_bytes
@@ -164,9 +168,10 @@ def static_fraction(
             advice = f"raise it to at least {ceil(1000 * least) / 1000}, or leave it out"
         if own < least:
             ways = _ways_to_fit(need, free_bytes, max(most, own), trainer, offload=offload)
-            advice = ("leave it out, and " if own > most else "") + ", or ".join(ways)
+            # Offload and the like change what we would give, not what the user has said.
+            advice = ("leave it out, and " if is_given else "") + ", or ".join(ways)
         beside = "" if trainer is None else f", and the trainer will take {trainer}"
-        raise EngineConfigError(
+        raise NoRoom(
             f"{what}: {gib(free_bytes)} are free, of which the engine may take {most:.0%} "
             f"(rollout.sglang.mem_fraction_static); it needs {need}, at the least {gib(need.least_bytes * _MARGIN)} "
             f"for the models, one request and a margin{beside}; {advice}"
@@ -186,7 +191,10 @@ def _ways_to_fit(
         if least <= most_share(free_bytes, replace(trainer, capture_bytes=0), offload=offload):
             ways.append("lower draft.capture_max_bytes")
         if least <= most_share(free_bytes, replace(trainer, policy_bytes=0), offload=offload):
-            ways.append("train on more GPUs")  # Adam is spread over them
+            ways.append(
+                "spread Adam over more GPUs (policy.use_distributed_optimizer = true, or a larger "
+                "policy.tensor_model_parallel_size)"
+            )
     left_bytes = free_bytes * most / _MARGIN - need.policy_bytes - need.draft_bytes
     if (num_tokens := int(left_bytes // need.kv_bytes_per_token)) > 0:
         ways.append(f"lower rollout.context_length to {num_tokens} or less")

@@ -86,8 +86,8 @@ def _flag_faults(info: Mapping[str, Any], flags: Mapping[str, Any]) -> Iterator[
             yield f"it names no flag {name}{hint}: leave {flag} out"
         elif not _is_same(info[name], asked):
             yield (
-                f"it runs with {name} = {info[name]!r}, the run asks for {asked!r}: start the server with it, or leave "
-                f"{flag} out"
+                f"it runs with {name} = {info[name]!r}, the run asks for {asked!r}: start the server with it, or "
+                f"leave {flag} out where SGLang itself changes it"
             )
 
 

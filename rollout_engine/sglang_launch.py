@@ -16,7 +16,7 @@ import torch
 from draft_models.eagle3 import Eagle3Config
 from rollout_engine.config import RolloutConfig
 from rollout_engine.http_client import HttpClient, ServerUnreachable
-from rollout_engine.memory import TrainerNeed, count_parameters, gib, memory_needed, most_share, static_fraction
+from rollout_engine.memory import NoRoom, TrainerNeed, count_parameters, gib, memory_needed, most_share, static_fraction
 from rollout_engine.server_process import ServerProcess, free_port, port_is_taken
 from rollout_engine.sglang_attach import attach_faults
 from rollout_engine.sglang_flags import command_line, server_settings
@@ -106,9 +106,11 @@ def check_launch(
     _given_port(ready)
     try:
         return _memory_share(config, policy, draft, ready, context_length, trainer, held_bytes)
-    except EngineConfigError as error:
-        counted = f"the policy's weights and gradients, {gib(held_bytes)}, are counted as no longer free"
-        raise EngineConfigError(f"{error} ({counted})") from error
+    except NoRoom as error:
+        if not held_bytes:
+            raise
+        counted = f"{gib(held_bytes)}, which the trainer holds by then, are counted as no longer free"
+        raise NoRoom(f"{error} ({counted})") from error
 
 
 class _PortTaken(EngineConfigError):

@@ -64,17 +64,18 @@ class DiskTransport:
 
 def own_folder(exchange_dir: Path) -> Path:
     """A new folder for this process's versions in one that others may use; those of processes of this machine that are
-    gone are removed: after kill -9 nobody else does it."""
+    gone are removed, as far as this user may: after kill -9 nobody else does it, and nobody reads them."""
     for folder in exchange_dir.glob(f"weights-{_MACHINE}-*-*"):
         if not _is_alive(int(folder.name.split("-")[-2])):
-            remove_folder(folder)
+            shutil.rmtree(folder, ignore_errors=True)
     return exchange_dir / f"weights-{_MACHINE}-{os.getpid()}-{uuid.uuid4().hex}"
 
 
 def _machine() -> str:
-    """Where a process number means this process: containers of one name count their own."""
-    numbers = Path("/proc/self/ns/pid")
-    return f"{re.sub('[^A-Za-z0-9.]', '_', socket.gethostname())}-{numbers.stat().st_ino if numbers.exists() else 0}"
+    """Where a process number means this process: machines may share a name, and each container counts anew."""
+    boot, numbers = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/pid")
+    booted = boot.read_text().strip().replace("-", "") if boot.exists() else socket.gethostname().replace("-", "_")
+    return f"{booted}-{numbers.stat().st_ino if numbers.exists() else 0}"
 
 
 _MACHINE = _machine()

@@ -116,13 +116,13 @@ def test_a_full_gpu_is_one_line_that_says_what_to_do(monkeypatch, capsys):
 
     monkeypatch.setattr("trainer.cli._dispatch", full)
     monkeypatch.setenv("RANK", "3")  # whose fault no other rank shares
-    assert main([]) == 1
-    said = capsys.readouterr().err
-    assert (
-        said.startswith("slipstream: error: rank 3 ran out of GPU memory (CUDA out of memory)")
-        and said.count("\n") == 1
-    )
-    assert "policy.max_tokens_per_gpu" in said and "rollout.offload" in said
+    for command, is_advised in (("train", True), ("serve", False)):
+        assert main([command]) == 1
+        said = capsys.readouterr().err
+        assert said.startswith(
+            "slipstream: error: rank 3 ran out of GPU memory (CUDA out of memory, in trainer/cli.py)"
+        )
+        assert said.count("\n") == 1 and ("policy.max_tokens_per_gpu" in said) == is_advised
 
 
 def test_a_run_that_failed_is_one_line_and_status_1(monkeypatch, capsys):

@@ -113,7 +113,7 @@ def test_the_memory_is_counted_where_there_is_a_gpu(dry_run: DryRun, gpu: Callab
     on_gpu = ("--rollout.device=cuda", "--speculative-algorithm=EAGLE3", "--rollout.controller=fixed")
     status, said = dry_run(*on_gpu, "--draft.capture-max-bytes=1000000")
     assert status == 0, said
-    assert "# memory      weights and KV of the engine take 10% of what the policy's weights leave free" in said
+    assert "# memory      weights and KV of the engine take 10% of what the trainer leaves free" in said
     assert "whether the memory suffices for the policy's activations" in said.splitlines()[-1]
     gpu(0.08)  # enough, but for the policy
     status, said = dry_run(*on_gpu, "--draft.capture-max-bytes=1000000")

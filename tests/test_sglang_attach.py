@@ -139,7 +139,7 @@ def test_a_depth_that_changes_must_be_asked_for() -> None:
         (
             {"attention_backend": "flashinfer"},
             "it runs with attention_backend = 'triton', the run asks for 'flashinfer': start the server with it, or "
-            "leave --sglang-attention-backend out",
+            "leave --sglang-attention-backend out where SGLang itself changes it",
         ),
         ({"no_such_flag": 3}, "it names no flag no_such_flag: leave --sglang-no-such-flag out"),
         ({"atention_backend": "triton"}, "it names no flag atention_backend (did you mean attention_backend?): leave"),

@@ -260,6 +260,8 @@ def test_a_share_of_the_users_own_that_is_too_small_is_to_be_raised() -> None:
     assert static_fraction(need, 140 * GIB, 0.095, is_given=True) == 0.095
     growing = TrainerNeed(policy_bytes=60 * GIB, capture_bytes=18 * GIB)  # leaves 7 % of 100 GiB
     assert "; leave it out, and set rollout.offload = true, or " in told(need, 100, 0.05, growing, is_given=True)
+    capped = most_share(100 * GIB, growing, offload=False)  # what the user said is no less than we would give
+    assert "; leave it out, and set rollout.offload = true, or " in told(need, 100, capped, growing, is_given=True)
     assert "is too small: 12.00 GiB are free" in told(need, 12, 0.9, is_given=True)
     assert "raise" not in told(need, 12, 0.9, is_given=True)
 
@@ -287,7 +289,9 @@ def test_a_trainer_that_will_grow_is_left_its_room() -> None:
     need = MemoryNeed(GIB, GIB // 2, 1024, num_slots=16, tokens_per_slot=2**20)
     found = told(need, 8, most_share(8 * GIB, trainer, offload=True), trainer, offload=True)
     assert re.search(r"too small: 8\.00 GiB .*policy 1\.00 GiB, draft 0\.50 GiB, KV 16\.00 GiB .*", found)
-    assert re.search(r"trainer will take Adam of the.*; train on more GPUs, or take a smaller model or a GPU", found)
+    assert re.search(
+        r"trainer will take Adam of the.*; spread Adam over more GPUs .*, or take a smaller model or a GPU", found
+    )
     found = told(need, 1, most_share(GIB, trainer, offload=True), trainer, offload=True)
     assert re.search("take 0%.*will take.*; take a smaller model or a GPU with more free memory$", found)
 
@@ -305,7 +309,9 @@ def test_what_is_advised_beside_a_trainer_would_be_enough() -> None:
         "less, or take a smaller model or a GPU with more free memory"
     )
     stepping = TrainerNeed(policy_bytes=5 * GIB, capture_bytes=GIB)
-    assert advice(stepping, offload=True).startswith("train on more GPUs, or "), "no captured states are in the way"
+    assert advice(stepping, offload=True).startswith("spread Adam over more GPUs (policy.use_distributed_optimizer"), (
+        "no captured states are in the way"
+    )
     assert "rollout.offload" not in advice(stepping, offload=False), "it would not be enough"
 
 
@@ -331,7 +337,7 @@ def test_a_server_is_told_a_share_that_leaves_the_trainer_its_room(
     tiny = replace(ready, flags={"mem_fraction_static": 0.001})
     with pytest.raises(EngineConfigError, match=r"mem_fraction_static = 0\.001 is too small.*; raise it to at least "):
         share(tiny, None)
-    with pytest.raises(EngineConfigError, match=r"the GPU is too small.*; train on more GPUs, or") as raised:
+    with pytest.raises(EngineConfigError, match=r"the GPU is too small.*; spread Adam over more GPUs") as raised:
         share(ready, TrainerNeed(policy_bytes=62 * GIB, capture_bytes=9 * GIB))
     assert "rollout.offload" not in str(raised.value)
 

@@ -19,7 +19,8 @@ def test_versions_of_a_killed_trainer_are_removed_and_those_of_others_are_not(tm
         [sys.executable, "-c", program, str(tmp_path)], cwd=root, capture_output=True, text=True, check=True
     )
     gone, mine = Path(said.stdout.strip()), own_folder(tmp_path)
-    elsewhere = tmp_path / f"weights-elsewhere-1-{gone.name.split('-')[-2]}-0"
+    _, boot, *rest = gone.name.split("-")
+    elsewhere = tmp_path / "-".join(["weights", boot[::-1], *rest])
     for folder in (gone, mine, elsewhere):
         (folder / "version_000001").mkdir(parents=True)
     another = own_folder(tmp_path)

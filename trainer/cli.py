@@ -6,6 +6,7 @@ import argparse
 import os
 import subprocess
 import sys
+import traceback
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
@@ -44,11 +45,12 @@ class _Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status: 0, or with one line on stderr 2 for bad input and 1 for a run that
     failed (an engine that died, a full disk); 130 after Ctrl-C."""
+    argv = list(sys.argv[1:] if argv is None else argv)
     try:
-        return _dispatch(list(sys.argv[1:] if argv is None else argv))
+        return _dispatch(argv)
     except (ValueError, RuntimeError) as error:
         if type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported for every command
-            return _tell_out_of_memory(str(error))
+            return _tell_out_of_memory(error, argv)
         # This project's own exceptions are messages to the user; anything else is a fault and keeps its traceback.
         if type(error).__module__.partition(".")[0] not in _OWN_PACKAGES:
             raise
@@ -67,16 +69,22 @@ def _fail(message: str, status: int) -> int:
     return status
 
 
-def _tell_out_of_memory(message: str) -> int:
+def _tell_out_of_memory(error: BaseException, argv: Sequence[str]) -> int:
     """Of this process's GPU memory, on whatever rank it is: the others wait or have enough."""
-    rank = os.environ.get("RANK", "0")
-    print(
-        f"slipstream: error: rank {rank} ran out of GPU memory ({message.split('. ')[0]}): lower "
-        "policy.max_tokens_per_gpu, set policy.recompute = true, leave SGLang less (rollout.offload = true, or a lower "
-        "rollout.sglang.mem_fraction_static), lower rollout.max_running_requests of the embedded engine, or take more "
-        "GPUs; --resume goes on from the last checkpoint",
-        file=sys.stderr,
-    )
+    root = Path(__file__).parents[1]
+    inside = [f.filename for f in traceback.extract_tb(error.__traceback__) if Path(f.filename).is_relative_to(root)]
+    own = [name for name in (str(Path(f).relative_to(root)) for f in inside) if name.startswith(_OWN_PACKAGES)]
+    advice = "take a smaller model, batch or context"
+    if argv[:1] == ["train"]:
+        advice = (
+            "lower policy.max_tokens_per_gpu (or draft.max_tokens_per_forward), set policy.recompute = true, "
+            "leave SGLang less (rollout.offload = true, or a lower rollout.sglang.mem_fraction_static), "
+            "lower rollout.max_running_requests of the embedded engine, or take more GPUs; "
+            "--resume goes on from the last checkpoint"
+        )
+    rank, what = os.environ.get("RANK", "0"), str(error).split(". ")[0]
+    where = f", in {own[-1]}" if own else ""
+    print(f"slipstream: error: rank {rank} ran out of GPU memory ({what}{where}): {advice}", file=sys.stderr)
     return _FAILED
 
 

@@ -26,7 +26,7 @@ def dry_run(config: RunConfig) -> int:
     print(to_toml(config))
     print("\n".join(plan(config, inputs)))
     if share is not None:
-        print(f"# memory      weights and KV of the engine take {share:.0%} of what the policy's weights leave free")
+        print(f"# memory      weights and KV of the engine take {share:.0%} of what the trainer leaves free")
     print(f"dry run: nothing started, nothing written; the run would go to {run.path}")
     print(f"not checked: {'; '.join(not_checked(config.rollout, knows_share=share is not None))}")
     return 0

@@ -18,9 +18,10 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     if os.environ.get("SLIPSTREAM_GPU") != "require":
         return
     missing = [] if torch.cuda.is_available() else ["a GPU that torch can use"]
-    missing += [] if importlib.util.find_spec("sglang") else ["SGLang (pip install '.[sglang,dev]')"]
+    missing += [name for name in ("sglang", "torch_memory_saver", "triton") if not importlib.util.find_spec(name)]
     if missing:
-        pytest.exit(f"the GPU tests need {' and '.join(missing)} in the environment of {sys.executable}", returncode=1)
+        where = f"in the environment of {sys.executable}: pip install '.[sglang,dev]'"
+        pytest.exit(f"the GPU tests need {', '.join(missing)} {where}", returncode=1)
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
