@@ -16,7 +16,16 @@ import torch
 from draft_models.eagle3 import Eagle3Config
 from rollout_engine.config import RolloutConfig
 from rollout_engine.http_client import HttpClient, ServerUnreachable
-from rollout_engine.memory import NoRoom, TrainerNeed, count_parameters, gib, memory_needed, most_share, static_fraction
+from rollout_engine.memory import (
+    MemoryNeed,
+    NoRoom,
+    TrainerNeed,
+    count_parameters,
+    gib,
+    memory_needed,
+    most_share,
+    static_fraction,
+)
 from rollout_engine.server_process import ServerProcess, free_port, port_is_taken
 from rollout_engine.sglang_attach import attach_faults
 from rollout_engine.sglang_flags import command_line, server_settings
@@ -184,16 +193,7 @@ def _memory_share(
     """mem_fraction_static; None on a CPU, where SGLang's own default stands."""
     if ready.device == "cpu":
         return None
-    draft_sizes, draft_params = _sizes(draft)
-    need = memory_needed(
-        read_json(policy / "config.json"),
-        draft_sizes,
-        policy_params=count_parameters(policy),
-        draft_params=draft_params,
-        itemsize=_ITEMSIZE[config.dtype],
-        num_slots=config.max_running_requests,
-        tokens_per_slot=context_length,
-    )
+    need = engine_need(config, policy, draft, context_length)
     free_bytes = max(1, torch.cuda.mem_get_info(torch.device(ready.device))[0] - held_bytes)
     most = float(ready.flags.get("mem_fraction_static", most_share(free_bytes, trainer, offload=config.offload)))
     is_given = "mem_fraction_static" in ready.flags
@@ -205,6 +205,22 @@ def _memory_share(
             *(gib(free_bytes), 100 * most, need, "" if trainer is None else f", and the trainer will take {trainer}"),
         )
     return share
+
+
+def engine_need(
+    config: RolloutConfig, policy: Path, draft: Path | Eagle3Config | None, context_length: int
+) -> MemoryNeed:
+    """What weights and KV take. `draft`: its folder, or the sizes of one that is yet to be written."""
+    draft_sizes, draft_params = _sizes(draft)
+    return memory_needed(
+        read_json(policy / "config.json"),
+        draft_sizes,
+        policy_params=count_parameters(policy),
+        draft_params=draft_params,
+        itemsize=_ITEMSIZE[config.dtype],
+        num_slots=config.max_running_requests,
+        tokens_per_slot=context_length,
+    )
 
 
 def _sizes(draft: Path | Eagle3Config | None) -> tuple[Mapping[str, Any] | None, int]:

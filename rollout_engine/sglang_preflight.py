@@ -26,6 +26,10 @@ _HIGHEST_PORT = 65535
 GRPC_ABOVE = 10000  # SGLang 0.5.15 counts the port so far above as its own for gRPC, and does not start without one
 
 
+class NoGpu(EngineConfigError):
+    """The device that was asked for is not there."""
+
+
 @dataclass(frozen=True, slots=True)
 class Ready:
     """What a start goes by, checked."""
@@ -157,7 +161,7 @@ def _device(config: RolloutConfig) -> str:
     name, _, index = config.device.partition(":")
     num_gpus = torch.cuda.device_count()
     if name == "cuda" and int(index or 0) >= num_gpus:
-        raise EngineConfigError(
+        raise NoGpu(
             f"rollout.device = {config.device!r}: torch finds {num_gpus} GPUs on this machine (slipstream doctor shows "
             "what is there); take a machine with more, "
             + (f"name one up to cuda:{num_gpus - 1}, " if num_gpus else "")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from draft_models.checkpoint import save_draft
 from draft_models.config import DraftConfig
 from draft_models.eagle3 import Eagle3, Eagle3Config
-from rollout_engine import sglang_launch
+from rollout_engine import memory, sglang_launch
 from rollout_engine.server_process import free_port
 from tests.sglang_server_helpers import ScriptedServer
 from trainer.cli import main
@@ -107,6 +108,21 @@ def gpu(dry_run: DryRun, monkeypatch: pytest.MonkeyPatch) -> Callable[[float], N
     free_gib = [80.0]
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(free_gib[0] * GIB), 80 * GIB))
     return lambda gib: free_gib.__setitem__(0, gib)
+
+
+@pytest.mark.parametrize(("algorithm", "draft"), [("NONE", "0 B"), ("EAGLE3", r"[1-9]\d+ B")])
+def test_of_a_gpu_that_is_missing_is_said_what_it_would_hold(
+    dry_run: DryRun, monkeypatch: pytest.MonkeyPatch, algorithm: str, draft: str
+) -> None:
+    monkeypatch.setattr(memory, "gib", lambda num_bytes: f"{num_bytes} B")  # the models are small
+    status, said = dry_run(
+        "--rollout.device=cuda", f"--speculative-algorithm={algorithm}", "--rollout.controller=fixed"
+    )
+    line = said.splitlines()[-1]  # after the warnings
+    assert status == 2 and "torch finds 0 GPUs on this machine (slipstream doctor" in line
+    assert re.search(
+        rf"; the engine needs policy [1-9]\d+ B, draft {draft}, KV [1-9]\d+ B for \d+ requests of 256", line
+    )
 
 
 def test_the_memory_is_counted_where_there_is_a_gpu(dry_run: DryRun, gpu: Callable[[float], None]) -> None:

@@ -56,7 +56,7 @@ from trainer.sentinel_watch import SentinelWatch, plain_rollout
 from trainer.serving import (
     build_engine,
     check_asked,
-    check_engine,
+    check_engine_for,
     context_length,
     eos_token_ids,
     load_tokenizer,
@@ -287,7 +287,7 @@ def _longest_prompt(folder: Path, rollout: RolloutConfig) -> int:
 
 def check_policy(config: RunConfig, folder: Path, hf_config: dict[str, Any]) -> None:
     """ConfigError for an architecture, weights, a reference or an engine that the run would refuse later."""
-    check_engine(config.rollout)
+    check_engine_for(config, folder, hf_config)
     HFWeights(folder)
     architecture = transformer_settings(hf_config)
     rope_frequencies(hf_config, architecture["kv_channels"])

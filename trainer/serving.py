@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,12 +12,12 @@ import torch
 
 from draft_models.checkpoint import load_draft, save_draft
 from draft_models.config import DraftConfig
-from draft_models.eagle3 import DraftError, Eagle3
+from draft_models.eagle3 import DraftError, Eagle3, Eagle3Config
 from rollout_engine.config import RolloutConfig, SpeculationConfig
 from rollout_engine.decoder import Decoder
 from rollout_engine.hf_checkpoint import CheckpointError
 from rollout_engine.memory import TrainerNeed, count_parameters, trainer_needed
-from rollout_engine.sglang_preflight import check_folder, check_start
+from rollout_engine.sglang_preflight import NoGpu, check_folder, check_start
 from rollout_engine.torch_engine import TorchEngine
 from rollout_engine.types import RolloutEngine
 from sync.atomic import whole_folder
@@ -142,6 +143,21 @@ def check_engine(rollout: RolloutConfig) -> None:
         check_folder("rollout.sync_dir", Path(rollout.sync_dir))
     if not rollout.sglang_address:
         check_start(rollout)
+
+
+def check_engine_for(config: RunConfig, folder: Path, hf_config: Mapping[str, Any]) -> None:
+    """`check_engine`; of a GPU that is not there, also what it would have to hold."""
+    from rollout_engine.sglang_launch import engine_need
+
+    try:
+        check_engine(config.rollout)
+    except NoGpu as error:
+        rollout, draft = config.rollout, None
+        if rollout.speculative_algorithm == "EAGLE3":
+            path = rollout.speculative_draft_model_path
+            draft = Path(path) if path else Eagle3Config.from_target(hf_config, config.draft)
+        need = engine_need(rollout, folder, draft, context_length(folder, rollout))
+        raise NoGpu(f"{error}; the engine needs {need}") from error
 
 
 def check_server(policy: Path, config: RunConfig, draft: Eagle3 | None, num_ranks: int) -> float | None:
