@@ -290,7 +290,7 @@ class SGLangEngine:
         try:
             self._control("/begin_weight_update", models)
             yield models
-        except BaseException:
+        except BaseException:  # Ctrl-C too: the server waits for the end of what began
             with suppress(EngineError):  # the first failure is the one to tell
                 self._control("/end_weight_update", {})
             raise

@@ -149,7 +149,7 @@ def _start_at(port: int, settings: Mapping[str, Any], ready: Ready, timeout_s: f
     client = HttpClient(f"http://{reached_at}:{port}")
     try:
         _wait_until_healthy(process, client, port, ready, timeout_s, log)
-    except BaseException:
+    except BaseException:  # Ctrl-C too leaves no server behind
         client.close()
         process.close()
         raise

@@ -15,6 +15,7 @@ from draft_models.config import DraftConfig
 from draft_models.eagle3 import Eagle3, Eagle3Config
 from rollout_engine import memory, sglang_launch
 from rollout_engine.server_process import free_port
+from tests.sglang_package import install_without_gpu
 from tests.sglang_server_helpers import ScriptedServer
 from trainer.cli import main
 from trainer.hf_files import read_config
@@ -35,14 +36,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def dry_run(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> DryRun:
     """Status and output of one over an SGLang that is found and never imported, on a machine without a GPU."""
-    package = tmp_path / "packages" / "sglang"
-    (package / "srt").mkdir(parents=True)
-    (package / "__init__.py").write_text("raise SystemExit('imported')")
-    (package / "_version.py").write_text("__version__ = version = '0.5.20'\n")
-    (package / "srt" / "server_args.py").write_text(FIELDS)
-    monkeypatch.setenv("PYTHONPATH", str(package.parent))
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    install_without_gpu(tmp_path, monkeypatch, FIELDS)
 
     def run(*arguments: str, engine: str = "sglang") -> Said:
         inputs = (f"--hf-checkpoint={model}", f"--prompt-data={model}/train.jsonl", f"--run-dir={tmp_path / 'runs'}")

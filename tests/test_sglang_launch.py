@@ -19,6 +19,7 @@ from rollout_engine import server_process, sglang_launch
 from rollout_engine.config import RolloutConfig
 from rollout_engine.server_process import free_port, port_is_taken
 from rollout_engine.types import EngineConfigError, EngineError
+from tests.sglang_package import install
 
 PLAIN = RolloutConfig(engine="sglang", speculative_algorithm="NONE", device="cpu", max_running_requests=2)
 
@@ -47,16 +48,11 @@ HTTPServer((sys.argv[sys.argv.index("--host") + 1], int(port)), Healthy).serve_f
 @pytest.fixture
 def policy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A policy's folder, and an SGLang that is a script."""
-    package = tmp_path / "packages" / "sglang"
-    (package / "srt").mkdir(parents=True)
-    (package / "__init__.py").touch()
-    (package / "_version.py").write_text("__version__ = version = '0.5.20'\n")
-    (package / "srt" / "server_args.py").write_text(
+    fields = (
         'class ServerArgs:\n    host: A[str, "of HTTP"] = "127.0.0.1"\n    port: A[int, "of HTTP"] = 30000\n'
         '    nccl_port: A[int | None, "of NCCL"] = None\n    grpc_port: A[int | None, "of gRPC"] = None\n'
     )
-    (package / "launch_server.py").write_text(LAUNCH_SERVER)
-    monkeypatch.setenv("PYTHONPATH", str(package.parent))
+    (install(tmp_path, monkeypatch, fields) / "launch_server.py").write_text(LAUNCH_SERVER)
     monkeypatch.setenv("STARTS", str(tmp_path / "starts"))
     folder = tmp_path / "policy"
     folder.mkdir()

@@ -19,6 +19,7 @@ from rollout_engine import server_process
 from rollout_engine.config import RolloutConfig
 from rollout_engine.sglang_preflight import check_files, check_folder, check_policy, check_start
 from rollout_engine.types import EngineConfigError
+from tests.sglang_package import install_without_gpu
 from trainer.cli import main
 from trainer.make_model import MakeModelConfig, make_model
 from trainer.serving import check_engine
@@ -42,14 +43,7 @@ class ServerArgs:
 @pytest.fixture(autouse=True)
 def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An SGLang that is found and never imported, and no GPU."""
-    package = tmp_path / "packages" / "sglang"
-    (package / "srt").mkdir(parents=True)
-    (package / "__init__.py").write_text("raise SystemExit('imported')")
-    (package / "_version.py").write_text("__version__ = version = '0.5.20'\n")
-    (package / "srt" / "server_args.py").write_text(FIELDS)
-    monkeypatch.setenv("PYTHONPATH", str(package.parent))
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    install_without_gpu(tmp_path, monkeypatch, FIELDS)
 
 
 @pytest.fixture

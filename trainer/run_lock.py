@@ -61,7 +61,7 @@ def _open_locked(path: Path, flag: str) -> TextIOWrapper:
             _lock(file, path, fcntl.LOCK_EX, flag)
             if _is_at(file, path):  # else the one before removed it between the two calls, and another may hold the new
                 return file
-        except BaseException:
+        except BaseException:  # Ctrl-C too: an open file would keep the lock
             file.close()
             raise
         file.close()

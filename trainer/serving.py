@@ -147,11 +147,11 @@ def check_engine(rollout: RolloutConfig) -> None:
 
 def check_engine_for(config: RunConfig, folder: Path, hf_config: Mapping[str, Any]) -> None:
     """`check_engine`; of a GPU that is not there, also what it would have to hold."""
-    from rollout_engine.sglang_launch import engine_need
-
     try:
         check_engine(config.rollout)
     except NoGpu as error:
+        from rollout_engine.sglang_launch import engine_need
+
         rollout, draft = config.rollout, None
         if rollout.speculative_algorithm == "EAGLE3":
             path = rollout.speculative_draft_model_path
