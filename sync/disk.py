@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -66,7 +67,7 @@ def own_folder(exchange_dir: Path) -> Path:
     """A new folder for this process's versions in one that others may use; those of processes of this machine that are
     gone are removed, as far as this user may: after kill -9 nobody else does it, and nobody reads them."""
     for folder in exchange_dir.glob(f"weights-{_MACHINE}-*-*"):
-        if not _is_alive(int(folder.name.split("-")[-2])):
+        if not psutil.pid_exists(int(folder.name.split("-")[-2])):
             shutil.rmtree(folder, ignore_errors=True)
     return exchange_dir / f"weights-{_MACHINE}-{os.getpid()}-{uuid.uuid4().hex}"
 
@@ -79,16 +80,6 @@ def _machine() -> str:
 
 
 _MACHINE = _machine()
-
-
-def _is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # somebody else's
-        return True
-    return True
 
 
 class DiskCarrier:
