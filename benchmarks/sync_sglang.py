@@ -77,7 +77,7 @@ def measure_all(args: argparse.Namespace, settings: RolloutConfig) -> list[dict[
             sync_transport=args.transport,
             speculative_algorithm="EAGLE3",
             verify_rule="target_only" if is_reduced else "rejection",
-            allow_lossy=is_reduced,  # nothing is sampled here
+            allow_lossy=True,  # nothing is sampled here
         )
         engine = SGLangEngine(
             policy.resolve(), config, draft=draft.resolve(), eos_token_ids=(0,), work_dir=folder / "engine"
